@@ -4,12 +4,13 @@
         --large --out benchmarks/results/search-stages-h200.json
 
 A stage is what the command's own bars name; what lies between two bars stands under the one that
-follows it. Every search begins with nothing captured, in a folder of its own that is removed.
-``--gpu`` names the card that the plan is for, on a machine without one. ``--profile`` adds to each
-stage the functions that it spent most of its Python time in, which makes it slower. ``--large``
-adds a search with the small workload on a model of 7.4 billion random weights: Llama-3.1-8B's
-shape with SmolLM2's vocabulary, saved first, so that loading it counts. What is done is written
-after every stage; no stage is begun after ``--seconds``.
+follows it. Processor seconds are this process's own: helper processes have others. Every search
+begins with nothing captured, in a folder of its own that is removed. ``--gpu`` names the card that
+the plan is for, on a machine without one. ``--profile`` adds to each stage the functions that it
+spent most of its Python time in, which makes it slower. ``--large`` adds a search with the small
+workload on a model of 7.4 billion random weights: Llama-3.1-8B's shape with SmolLM2's vocabulary,
+saved first, so that loading it counts. What is done is written after every stage; no stage is begun
+after ``--seconds``.
 """
 
 from __future__ import annotations

@@ -104,7 +104,8 @@ Engine = Annotated[
         "--engine",
         metavar="NAME",
         help="Make trace and tables elsewhere: processes:4 of this host, its GPUs by turns, or a "
-        "dask scheduler, tcp://HOST:8786, whose workers share this machine's files.",
+        "dask scheduler, tcp://HOST:8786, whose workers share this machine's files. Left out, a "
+        "search on a GPU begins helper processes on it where there is room for several.",
     ),
 ]
 Start = Annotated[

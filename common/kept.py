@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,9 +85,14 @@ class Kept:
     def _path(self, key: tuple[object, ...]) -> Path | None:
         if self.folder is None:
             return None
-        parts = (kvtune.__version__, *self.follows_from, *key)
-        text = json.dumps([repr(part) for part in parts])
-        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+        name = said((kvtune.__version__, *self.follows_from, *key))
+        return self.folder / f"{name}.safetensors"
+
+
+def said(parts: Iterable[object]) -> str:
+    """A hash of what parts of a key say of themselves: a short part for keys that share them."""
+    text = json.dumps([repr(part) for part in parts])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 NOTHING_KEPT = Kept()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -81,7 +81,7 @@ class Compressed:
         """
         visible = self._real()
         for reader, rows in self.readers.items():
-            read = self._read(reader, torch.tensor(rows, device=self.keys.device), queries)
+            read = self._read(reader, on_device(rows, self.keys.device), queries)
             visible = read if visible is None else visible & read
         return visible
 
@@ -141,6 +141,16 @@ class Compressed:
             self.signals,
             self.padded,
         )
+
+
+def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Numbers as int64 on a device, on their way while the caller goes on.
+
+    A copy from memory that is not pinned waits until the GPU has done all that it was given.
+    """
+    pinned = device.type == "cuda"
+    host = torch.tensor(numbers, dtype=torch.int64, pin_memory=pinned)
+    return host.to(device, non_blocking=pinned)
 
 
 def _span(rows: list[int]) -> slice | list[int]:

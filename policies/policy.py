@@ -137,6 +137,11 @@ class Policy:
         """One layer's budgets ``[H]`` when its prompt has been seen."""
         return self.allocator.split(budgets, [o.method for o in self.heads[layer]], signals)
 
+    @property
+    def compares_layers(self) -> bool:
+        """Whether its allocator waits for the whole prompt: ``settle`` may then ask for layers."""
+        return type(self.allocator).settle is not Allocator.settle
+
     def chooses_head_by_head(self, layer: int) -> bool:
         """Whether no head's choice depends on other heads, or on which head it is."""
         alone = all(option.method.chooses_head_by_head for option in self.heads[layer])

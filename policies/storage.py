@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from kvtune.policies.compressed import Compressed
+from kvtune.policies.compressed import Compressed, on_device
 from kvtune.policies.format import Format, Role
 from kvtune.policies.kept import Budgets, Kept, Rows
 from kvtune.policies.option import Option
@@ -54,10 +54,10 @@ class _Slice:
     def of(kept: Kept, options: Sequence[Option], number: int, signals: Signals) -> _Slice:
         rows = [row for row, parts in enumerate(kept.parts) if len(parts) > number]
         parts = [kept.parts[row][number] for row in rows]
-        counts = torch.tensor([len(part.tokens) for part in parts], device=signals.keys.device)
+        counts = on_device([len(part.tokens) for part in parts], signals.keys.device)
         indices = pad_sequence([part.tokens for part in parts], batch_first=True)
         numbers = [kept.numbers[row % kept.heads] for row in rows]
-        heads = torch.tensor(numbers, device=indices.device)
+        heads = on_device(numbers, indices.device)
         both = []
         roles: tuple[tuple[Role, Tensor], ...] = (
             ("keys", signals.keys),
@@ -98,7 +98,7 @@ def _stored(
         if len(mine) == len(forms):
             tensor = form.roundtrip(tensor, counts, role)
             break
-        some = torch.tensor(mine, device=tensor.device)
+        some = on_device(mine, tensor.device)
         tensor[some] = form.roundtrip(tensor[some], counts[some], role)
     if turns:
         tensor = _turned(tensor, {row: turn.T for row, turn in turns.items()})
@@ -141,7 +141,7 @@ def _side_by_side(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Keys, values, log-weights and counts of all rows, each row's parts one behind the other."""
     sizes = kept.sizes
-    counts = torch.tensor(sizes, device=signals.keys.device)
+    counts = on_device(sizes, signals.keys.device)
     weights = _log_weights(kept, max(sizes), signals.keys.device)
     if len(slices) == 1:
         return slices[0].keys, slices[0].values, weights, counts

@@ -226,6 +226,24 @@ def detected_name(index: int = 0) -> str | None:
         pynvml.nvmlShutdown()
 
 
+def smallest_card_bytes() -> int | None:
+    """Memory of this machine's smallest GPU, None where NVML knows of none; without torch."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # as in ``detected_name``
+        return None
+    try:
+        cards = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+        sizes = [int(pynvml.nvmlDeviceGetMemoryInfo(card).total) for card in cards]
+        return min(sizes, default=None)
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def parse_gpu(slug: str, text: str, file: str) -> GpuProfile:
     """One profile from YAML text; strict.
 

@@ -132,6 +132,21 @@ class CudaBench:
         return int(torch.cuda.mem_get_info()[0] + held)
 
 
+@contextmanager
+def collecting_little() -> Iterator[None]:
+    """Let the benches look for garbage among what is made in the block alone.
+
+    A process that has loaded a model and searched holds millions of objects, through which every
+    collection would go, and every run that is timed begins with some.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def bench_for(device: str) -> Bench:
     """What times on this device.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import types
 import weakref
@@ -27,7 +28,7 @@ from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
 from kvtune.runtime import timing
 from kvtune.runtime.admission import read_prompts
-from kvtune.runtime.device import CudaBench, bench_for
+from kvtune.runtime.device import CudaBench, bench_for, collecting_little
 from kvtune.runtime.largest import Bounds, Largest
 from kvtune.runtime.measure.monitor import NoMonitor, NvmlMonitor
 from kvtune.runtime.timing import NEW_TOKENS, STRETCHES, Beside, Decoding, Timing, time_beside
@@ -352,6 +353,24 @@ def planned(
         largest=largest, bench_of=lambda _: MadeUpBench([]),
     )  # fmt: skip
     return times, seen[0].tolist(), searches
+
+
+def test_only_what_is_made_in_the_block_is_looked_through() -> None:
+    """Garbage in cycles that is made there is found; what was there before is not looked at."""
+
+    class Cycle:
+        def __init__(self) -> None:
+            self.own = self
+
+    before = weakref.ref(kept := Cycle())
+    with collecting_little():
+        inside = weakref.ref(Cycle())
+        del kept
+        gc.collect()
+        assert inside() is None
+        assert before() is not None
+    gc.collect()
+    assert before() is None
 
 
 def test_prompts_are_the_samples_each_of_which_begins_as_many(

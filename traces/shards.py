@@ -62,6 +62,8 @@ def capture_on(
     job: CaptureJob,
     device: str = "cpu",
     progress: Progress | None = None,
+    *,
+    trusted: bool = False,
 ) -> Trace:
     """Capture every sample on the engine, and join the samples to one trace.
 
@@ -70,17 +72,21 @@ def capture_on(
         job: what is captured.
         device: of workers that were given none of their own (``common.processes``).
         progress: told of every sample.
+        trusted: the workers are this process's own, so that what they have just hashed is not
+            hashed again.
     """
     progress = progress or Silent()
     with locked(job.folder, wait=True, progress=progress):
-        if not (job.folder / MANIFEST).is_file():
+        made = not (job.folder / MANIFEST).is_file()
+        if made:
             waiting = [
                 engine.submit(capture_part, job, index, device) for index in range(len(job.samples))
             ]
             for part in progress.track(waiting, "capturing attention", len(waiting)):
                 part.result()
             _join(job)
-    return open_trace(job.folder)
+    trace = open_trace(job.folder)
+    return open_trace(job.folder, trace.files()) if made and trusted else trace
 
 
 def capture_part(job: CaptureJob, index: int, device: str) -> None:
@@ -88,7 +94,7 @@ def capture_part(job: CaptureJob, index: int, device: str) -> None:
     from kvtune.traces.capture import capture_sample
     from kvtune.traces.writer import CaptureSettings, TraceWriter
 
-    loaded = _loaded(job.model, own_device(device), job.dtype)
+    loaded = loaded_once(job.model, own_device(device), job.dtype)
     settings = CaptureSettings.of(
         loaded, job.samples, job.probes, job.seed, job.workload, job.queries, job.signals
     )
@@ -98,11 +104,12 @@ def capture_part(job: CaptureJob, index: int, device: str) -> None:
 
 
 @cache
-def _loaded(model: str, device: str, dtype: str) -> LoadedModel:
+def loaded_once(model: str, device: str, dtype: str) -> LoadedModel:
     """The worker's model: it stays for the next sample."""
-    from kvtune.traces.models import load_model
+    from kvtune.traces.models import choose_dtype, load_model
 
-    return load_model(model, device=device, dtype=dtype)
+    usual = choose_dtype(device)[0] == dtype  # then the trace says for which reason
+    return load_model(model, device=device, dtype=None if usual else dtype)
 
 
 def _part(job: CaptureJob, index: int) -> Path:

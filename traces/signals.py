@@ -62,6 +62,7 @@ def column_sums(q: Tensor, k: Tensor, scale: float, window: int | None) -> Tenso
     sums = torch.zeros(heads, group, tokens, device=q.device)
     tile = max(1, min(tokens, _TILE_QUERIES, _TILE_BYTES // (4 * query_heads * tokens)))
     at = torch.arange(tokens, device=q.device)
+    later = at[None, :tile] > at[:tile, None]  # the same in every tile: made once
     for start in range(0, tokens, tile):
         stop = min(start + tile, tokens)
         first = 0 if window is None else max(0, start - window + 1)
@@ -69,9 +70,11 @@ def column_sums(q: Tensor, k: Tensor, scale: float, window: int | None) -> Tenso
         scores = rows @ k[:, first:stop].float().transpose(-1, -2)
         scores = scores.view(heads, group, stop - start, stop - first)
         masked = start if window is None else first  # keys before it are seen by the whole tile
-        hidden = at[None, masked:stop] > at[start:stop, None]
-        if window is not None:
-            hidden = hidden | (at[None, masked:stop] <= at[start:stop, None] - window)
+        if window is None:
+            hidden = later[: stop - start, : stop - start]
+        else:
+            key, query = at[None, masked:stop], at[start:stop, None]
+            hidden = (key > query) | (key <= query - window)
         scores[..., masked - first :].masked_fill_(hidden, float("-inf"))
         sums[:, :, first:stop] += scores.softmax(-1).sum(-2)
     return sums.flatten(0, 1)

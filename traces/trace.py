@@ -160,6 +160,19 @@ class Trace:
         """Hash of all that the trace holds: manifest and, through it, every shard."""
         return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def checked(self) -> frozenset[str]:
+        """Files whose content this process has hashed, for another one that need not."""
+        return frozenset(self._checked)
+
+    def files(self) -> list[Path]:
+        """All shards."""
+        return [
+            inside(self.root, f"{sample.folder}/{name}")
+            for sample in self.samples
+            for name in sample.shards
+        ]
+
     def of_split(self, split: str) -> tuple[SampleRecord, ...]:
         """The samples of one split."""
         return tuple(s for s in self.samples if s.split == split)

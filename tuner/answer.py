@@ -60,6 +60,7 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
     """The chosen plan checked, beside the baselines, and the front that it stands on."""
     request, source, solver = found.request, found.source, found.solver
     policy, budget = solver.policy(chosen), found.budgets[chosen.place].at(chosen.sequences)
+    begin_compiling(found, chosen)
     cost = _cost(found, chosen)
     predicted = _predicted(found, chosen)
     validation: Validation | None = None
@@ -75,6 +76,8 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
         compared = stand_in_baselines(source, solver, policy, chosen, predicted.kl)
     baselines = tuple(row.baseline for row in compared)
     quality = replace(predicted, kl=validation.live) if validation else predicted
+    if source.beside is not None:
+        source.beside.finish()
     times, untimed = _times(found, policy, chosen, cost, progress)
     return SearchResult(
         request=request,
@@ -108,6 +111,16 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
         times=times,
         untimed=untimed,
     )
+
+
+def begin_compiling(found: Found, likely: Candidate) -> None:
+    """Let other processes compile what a plan will be timed with, while this one goes on."""
+    loaded, beside = found.source.loaded, found.source.beside
+    if loaded is not None and beside is not None and beside.compiles_for(loaded.device):
+        from kvtune.runtime.timing import uncompressed
+
+        policy = found.solver.policy(likely)
+        beside.compile([policy, uncompressed(policy)], loaded)
 
 
 def _times(

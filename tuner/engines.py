@@ -22,17 +22,33 @@ if TYPE_CHECKING:
     from kvtune.traces.models import LoadedModel
     from kvtune.traces.shards import CaptureJob
     from kvtune.traces.trace import Trace
+    from kvtune.tuner.beside import Beside
 
 PROCESSES = "processes:"
 
 
-def captured(job: CaptureJob, loaded: LoadedModel, engine: str | None, progress: Progress) -> Trace:
-    """The trace of a job, by this process's model unless an engine is named."""
+def captured(
+    job: CaptureJob,
+    loaded: LoadedModel,
+    engine: str | None,
+    progress: Progress,
+    beside: Beside | None = None,
+) -> Trace:
+    """The trace of a job, by this process's model unless an engine is named or it has helpers."""
     if engine is not None:
         from kvtune.traces.shards import capture_on
 
         with open_engine(engine, loaded.device) as workers:
             return capture_on(workers, job, loaded.device, progress)
+    if beside is not None:
+        from kvtune.traces.shards import capture_on
+
+        made = beside.tried(
+            lambda helpers: capture_on(helpers, job, loaded.device, progress, trusted=True),
+            progress,
+        )
+        if made is not None:
+            return made
     from kvtune.traces.capture import capture
 
     return capture(
@@ -55,6 +71,7 @@ def built(
     engine: str | None,
     progress: Progress,
     kept: Kept = NOTHING_KEPT,
+    beside: Beside | None = None,
 ) -> Tables:
     """The tables of a trace, likewise; this process alone keeps layers as it replays them."""
     if engine is not None:
@@ -62,6 +79,17 @@ def built(
 
         with open_engine(engine, device) as workers:
             return build_tables_on(workers, trace, options, device=device, progress=progress)
+    if beside is not None:
+        from kvtune.simulator.quality.shards import build_tables_on
+
+        made = beside.tried(
+            lambda helpers: build_tables_on(
+                helpers, trace, options, device=device, progress=progress, trusted=True
+            ),
+            progress,
+        )
+        if made is not None:
+            return made
     from kvtune.simulator.quality.build import build_tables
 
     return build_tables(trace, options, device=device, progress=progress, kept=kept)

@@ -20,6 +20,7 @@ from kvtune.common.progress import Progress
 from kvtune.policies.policy import Policy, footprint_of_lengths
 from kvtune.tuner.allocate import Problem, solve
 from kvtune.tuner.baselines import FAMILIES, Stored, candidates, strong_families
+from kvtune.tuner.beside import ran_live, replayed
 from kvtune.tuner.candidate import Candidate
 from kvtune.tuner.exchange import Choice
 from kvtune.tuner.quality import ratio_interval
@@ -76,9 +77,6 @@ def live_baselines(
 
     The family of a plan that is a rule is the plan itself.
     """
-    from kvtune.runtime.prompts import traced_prompt
-    from kvtune.tuner.validate import validate_policies
-
     trace, loaded, tables = source.trace, source.loaded, source.tables
     assert trace is not None  # noqa: S101 - own traces come with their model
     assert loaded is not None  # noqa: S101
@@ -92,17 +90,11 @@ def live_baselines(
             for family, choice in _allocations(source, budget + on_host).items()
         ),
         *(row for row in _best_of_families(
-              source, trace, loaded.device, budget + on_host, progress)
+              source, trace, budget + on_host, progress)
           if rule is None or row.baseline.family != rule.family),
     ]  # fmt: skip
-    found = validate_policies(
-        [row.policy for row in rows if row.policy is not None],
-        loaded,
-        samples,
-        lambda sample: traced_prompt(trace, trace.sample(sample.id), loaded.device, probes=False),
-        progress=progress,
-        kept=source.kept,
-    )
+    policies = [row.policy for row in rows if row.policy is not None]
+    found = ran_live(source, policies, samples, progress=progress)
     kinds = [sample.kind for sample in samples]
     measured = [
         _measured(row, live, None if live is found[0] else times_as_much(live, found[0], kinds))
@@ -122,22 +114,12 @@ def live_on_stack(
         chosen: the same as a candidate.
         progress: told of every sample.
     """
-    from kvtune.runtime.prompts import traced_prompt
-    from kvtune.tuner.validate import validate_policies
-
     trace, loaded = source.trace, source.loaded
     assert trace is not None  # noqa: S101 - own traces come with their model
     assert loaded is not None  # noqa: S101
     assert plan.policy is not None  # noqa: S101 - plans always have one
-    (found,) = validate_policies(
-        [plan.policy],
-        loaded,
-        trace.of_split("evaluate"),
-        lambda sample: traced_prompt(trace, trace.sample(sample.id), loaded.device, probes=False),
-        stored_alike=True,
-        progress=progress,
-        kept=source.kept,
-    )
+    samples = trace.of_split("evaluate")
+    (found,) = ran_live(source, [plan.policy], samples, stored_alike=True, progress=progress)
     there = replace(
         plan.baseline,
         predicted=source.loss_of(chosen.choice),
@@ -154,7 +136,7 @@ def times_as_much(theirs: Validation, ours: Validation, kinds: Sequence[str]) ->
 
 
 def _best_of_families(
-    source: QualitySource, trace: Trace, device: str, budget: int, progress: Progress
+    source: QualitySource, trace: Trace, budget: int, progress: Progress
 ) -> Iterator[Compared]:
     """Of each family, one rule for all heads, the one that replay on the held-out samples prefers.
 
@@ -162,18 +144,13 @@ def _best_of_families(
     in full and under the other families' allocators; what others have published since, coarsely in
     all precisions and in full in its best. Each of the two steps reads the trace once.
     """
-    from kvtune.simulator.quality.evaluate import replay_policies
-
     tables, samples = source.tables, trace.of_split("evaluate")
     shape = (tables.prompt_tokens, tables.layers, tables.kv_heads, tables.head_dim)
     kinds = [sample.kind for sample in samples]
 
     def replay(tried: Mapping[str, Sequence[Policy]], every: int) -> dict[str, Any]:
         policies = [policy for each in tried.values() for policy in each]
-        losses = replay_policies(
-            trace, samples, policies, every=every, device=device, progress=progress,
-            kept=source.kept,
-        )  # fmt: skip
+        losses = replayed(source, samples, policies, every=every, progress=progress)
         ends = np.cumsum([len(each) for each in tried.values()])
         return dict(zip(tried, np.split(losses, ends[:-1]), strict=True))
 

@@ -18,6 +18,7 @@ from kvtune.simulator.quality.rules import Rule
 from kvtune.simulator.quality.tables import Floats
 from kvtune.tuner.answer import Found
 from kvtune.tuner.baselines import FAMILIES, STRONG, strong_families
+from kvtune.tuner.beside import replayed
 from kvtune.tuner.candidate import Candidate
 from kvtune.tuner.filling import Filling, held_by_runtime
 
@@ -38,25 +39,17 @@ def best_rule(found: Found, beside: Candidate, progress: Progress) -> Rule | Non
     rules = list(_rules(found, beside))
     if trace is None or source.loaded is None or not rules:
         return None
-    from kvtune.simulator.quality.evaluate import replay_policies
-
-    tables, device = source.tables, source.loaded.device
+    tables = source.tables
     policies = [rule.policy(tables.layers, tables.kv_heads) for rule in rules]
     judged = trace.of_split("select") or trace.of_split("search")
-    rough = replay_policies(
-        trace, judged, policies, every=_ROUGHLY, device=device, progress=progress,
-        kept=source.kept,
-    ).mean(1)  # fmt: skip
+    rough = replayed(source, judged, policies, every=_ROUGHLY, progress=progress).mean(1)
     families = {rule.family for rule in rules}
     kept = [
         min((n for n, rule in enumerate(rules) if rule.family == family), key=lambda n: rough[n])
         for family in sorted(families)
     ]
     samples = [*judged, *trace.of_split("evaluate")]
-    losses = replay_policies(
-        trace, samples, [policies[n] for n in kept], device=device, progress=progress,
-        kept=source.kept,
-    )  # fmt: skip
+    losses = replayed(source, samples, [policies[n] for n in kept], progress=progress)
     best = int(losses[:, : len(judged)].mean(1).argmin())
     known = dict(zip((sample.id for sample in samples), losses[best].tolist(), strict=True))
     by_sample: Floats = np.array([known.get(s.id, np.nan) for s in tables.samples], np.float32)

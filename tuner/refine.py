@@ -17,6 +17,7 @@ import numpy as np
 from kvtune.common.progress import Progress
 from kvtune.simulator.quality.calibration import Calibration
 from kvtune.tuner.answer import Found
+from kvtune.tuner.beside import ran_live
 from kvtune.tuner.candidate import Candidate, pick
 from kvtune.tuner.cross_fit import cross_fitted_front
 from kvtune.tuner.explore.record import selection_split
@@ -164,19 +165,12 @@ def live_on_selection(found: Found, progress: Progress) -> RunLive | None:
     uncompressed: dict[str, Tensor] = {}  # the rounds' samples are the same
 
     def run(candidates: Sequence[Candidate]) -> list[Lives]:
-        from kvtune.runtime.prompts import traced_prompt
-        from kvtune.tuner.validate import validate_policies
-
-        ran = validate_policies(
+        ran = ran_live(
+            found.source,
             [found.solver.policy(each) for each in candidates],
-            loaded,
             selection,
-            lambda sample: traced_prompt(
-                trace, trace.sample(sample.id), loaded.device, probes=False
-            ),
             stored_alike=stores_alike(found.request.stack),
             progress=progress,
-            kept=found.source.kept,
             uncompressed=uncompressed,
         )
         return [{kind: loss.value for kind, loss in one.by_kind.items()} for one in ran]

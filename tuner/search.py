@@ -9,8 +9,9 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.lock import locked
 from kvtune.common.progress import Progress, Silent
 from kvtune.simulator.quality.tables import on_both_sides
-from kvtune.tuner.answer import Found, answer, band_of
+from kvtune.tuner.answer import Found, answer, band_of, begin_compiling
 from kvtune.tuner.asked import facts_of, given, question_of
+from kvtune.tuner.beside import Beside, helpers_of
 from kvtune.tuner.candidate import Candidate, pick
 from kvtune.tuner.checks import check_request, no_head_is_known, scores_of
 from kvtune.tuner.cross_fit import cross_fitted_front
@@ -45,7 +46,10 @@ def run_search(request: SearchRequest, progress: Progress | None = None) -> Sear
     progress = progress or Silent()
     check_request(request)
     with locked(request.run_dir):
-        return _finished(request, progress) or _search(request, progress)
+        if (found := _finished(request, progress)) is not None:
+            return found
+        with helpers_of(request) as beside:
+            return _search(request, progress, beside)
 
 
 def _finished(request: SearchRequest, progress: Progress) -> SearchResult | None:
@@ -72,9 +76,9 @@ def _made_before(run_dir: Path) -> str:
     return f", but not that of its {' and '.join(made)}: make them again"
 
 
-def _search(request: SearchRequest, progress: Progress) -> SearchResult:
+def _search(request: SearchRequest, progress: Progress, beside: Beside) -> SearchResult:
     budgets = budgets_of(request)
-    source, notes = quality_source(request, progress)
+    source, notes = quality_source(request, progress, beside)
     notes = (*notes, *notes_on(request, budgets))
     if request.moved_bytes is not None:
         source = replace(source, tables=on_both_sides(source.tables))
@@ -171,6 +175,7 @@ def _with_rule(found: Found, progress: Progress) -> Found:
         return found
     points = cross_fitted_front(source, recalibrated(found, source.calibration).expected)
     beside = pick(points, request.largest_kl)
+    begin_compiling(found, beside)  # most searches come to this plan or to one much like it
     rule = best_rule(found, beside, progress)
     if rule is None:
         return found

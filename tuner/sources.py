@@ -37,6 +37,7 @@ from kvtune.tuner.within import limits_of, menu_within, stores_alike
 if TYPE_CHECKING:
     from kvtune.traces.models import LoadedModel
     from kvtune.traces.trace import Trace
+    from kvtune.tuner.beside import Beside
 
 MEASURED = "measured"
 """Folder of finished replays and live runs in a run directory."""
@@ -58,6 +59,7 @@ class QualitySource:
         curves: a stand-in's baselines, live: family -> measured points.
         provenance: versions, seeds and hashes.
         kept: replays and live runs of this trace and model that a search has done.
+        beside: processes that replay and run live for this one, where a search has some.
     """
 
     tables: Tables
@@ -68,6 +70,7 @@ class QualitySource:
     curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     kept: Kept = NOTHING_KEPT
+    beside: Beside | None = field(default=None, repr=False, compare=False)
 
     def loss(
         self, by_sample: ArrayLike, kinds: Sequence[str], tier: Tier, *, evicts: bool
@@ -170,7 +173,9 @@ def stand_in_for(layers: int, kv_heads: int, head_dim: int, model: str) -> Quali
     )
 
 
-def own_trace(request: SearchRequest, progress: Progress) -> QualitySource:
+def own_trace(
+    request: SearchRequest, progress: Progress, beside: Beside | None = None
+) -> QualitySource:
     """Load the model, capture its trace, build its tables; what is finished is used again.
 
     Raises:
@@ -182,13 +187,14 @@ def own_trace(request: SearchRequest, progress: Progress) -> QualitySource:
     loaded = load_model(request.model, device=request.device or best_device(), progress=progress)
     progress.note(f"running in {loaded.dtype_reason}")
     _check_shape(loaded, request.shape)
+    beside = beside and beside.used_on(loaded.device)
     calibrated = find_calibration(loaded.fingerprint) is not None
     menu = menu_of(request, calibrated=calibrated, pairs=loaded.geometry.layers % 2 == 0)
-    trace, key, provenance = _own_trace(request, loaded, menu, progress)
+    trace, key, provenance = _own_trace(request, loaded, menu, progress, beside)
     if len(menu.methods) > MOST:
         kept = cache_dir() / "tables" / f"{request.shape.name}-{key}"
         menu = screened(menu, trace, kept, loaded.device, progress)
-    tables = _own_tables(request, trace, menu, key, loaded.device, progress)
+    tables = _own_tables(request, trace, menu, key, loaded.device, progress, beside)
     return QualitySource(
         tables,
         _calibration_for(request.stack),
@@ -196,6 +202,7 @@ def own_trace(request: SearchRequest, progress: Progress) -> QualitySource:
         trace=trace,
         provenance=provenance,
         kept=Kept(request.run_dir / MEASURED, _follow_from(loaded, trace)),
+        beside=beside,
     )
 
 
@@ -225,7 +232,11 @@ def _follow_from(loaded: LoadedModel, trace: Trace) -> tuple[object, ...]:
 
 
 def _own_trace(
-    request: SearchRequest, loaded: LoadedModel, menu: Menu, progress: Progress
+    request: SearchRequest,
+    loaded: LoadedModel,
+    menu: Menu,
+    progress: Progress,
+    beside: Beside | None,
 ) -> tuple[Trace, str, dict[str, Any]]:
     """The trace that a menu needs, the key it is kept under, and where it comes from."""
     from kvtune.traces.samples import content_hash
@@ -249,7 +260,7 @@ def _own_trace(
         queries=queries,
         signals=signals,
     )
-    trace = captured(job, loaded, request.engine, progress)
+    trace = captured(job, loaded, request.engine, progress, beside)
     return (
         trace,
         key,
@@ -293,7 +304,13 @@ def queries_of(needs: Needs, observed: int) -> int:
 
 
 def _own_tables(
-    request: SearchRequest, trace: Trace, menu: Menu, key: str, device: str, progress: Progress
+    request: SearchRequest,
+    trace: Trace,
+    menu: Menu,
+    key: str,
+    device: str,
+    progress: Progress,
+    beside: Beside | None,
 ) -> Tables:
     from kvtune.tuner.engines import built
 
@@ -303,7 +320,7 @@ def _own_tables(
     path = cache_dir() / "tables" / f"{model}-{key}-{digest}.safetensors"
     if not path.exists():
         parts = Kept(path.with_suffix(".parts"), (trace.content_sha256, digest, device))
-        tables = built(trace, options, device, request.engine, progress, parts)
+        tables = built(trace, options, device, request.engine, progress, parts, beside)
         save_tables(tables, path, {"trace": trace.content_sha256})
         parts.clear()
         return load_tables(path)[0]  # rounded as the file is: a second search reads the same

@@ -11,7 +11,7 @@ from kvtune.common.estimate import Estimate
 from kvtune.policies.policy import Policy
 from kvtune.profiles.gpus import GpuProfile, detect_gpu
 from kvtune.profiles.shape import ModelShape
-from kvtune.runtime.device import Bench, bench_for
+from kvtune.runtime.device import Bench, bench_for, collecting_little
 from kvtune.runtime.largest import Bounds, Largest, find_largest
 from kvtune.runtime.promise import Within, run_within
 from kvtune.runtime.timing import NEW_TOKENS, Beside, Decoding, time_beside, uncompressed
@@ -239,10 +239,11 @@ def times_or_reason(
 ) -> tuple[Times | None, str | None]:
     """What ``time_plan`` finds, or why there are no times; None for one sequence at once."""
     try:
-        times = time_plan(
-            policy, loaded, shape, samples, batch=batch or 1, context_tokens=context_tokens,
-            largest=largest, served=served,
-        )  # fmt: skip
+        with collecting_little():
+            times = time_plan(
+                policy, loaded, shape, samples, batch=batch or 1, context_tokens=context_tokens,
+                largest=largest, served=served,
+            )  # fmt: skip
     except KvtuneError as reason:
         return None, reason.message
     return times, None

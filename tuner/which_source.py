@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.progress import Progress
@@ -12,9 +13,12 @@ from kvtune.tuner.sources import QualitySource, own_trace, stand_in
 from kvtune.tuner.stack_formats import with_formats_of
 from kvtune.tuner.within import limits_of
 
+if TYPE_CHECKING:
+    from kvtune.tuner.beside import Beside
+
 
 def quality_source(
-    request: SearchRequest, progress: Progress
+    request: SearchRequest, progress: Progress, beside: Beside | None = None
 ) -> tuple[QualitySource, tuple[str, ...]]:
     """The model's own trace where its weights are at hand, else the packaged stand-in.
 
@@ -24,7 +28,7 @@ def quality_source(
         reason = "asked for" if request.stand_in else f"no weights of {request.shape.name} at hand"
         return _stand_in(request, reason)
     try:
-        return own_trace(request, progress), ()
+        return own_trace(request, progress, beside), ()
     except KvtuneError as error:
         from kvtune.traces.models import KNOWN
 

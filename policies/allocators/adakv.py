@@ -78,6 +78,11 @@ class AdaKV(Allocator):
 
 def _winners(scores: Tensor, count: int) -> list[int]:
     """How many of the ``count`` highest scores ``[H, P]`` each head has."""
+    import torch
+
     best = scores.flatten().topk(count).indices
-    won: list[int] = (best // scores.shape[-1]).bincount(minlength=len(scores)).tolist()
-    return won
+    head = best // scores.shape[-1]
+    # Not bincount, which waits for a GPU twice to learn the largest number.
+    won = head.new_zeros(len(scores)).scatter_add_(0, head, torch.ones_like(head))
+    found: list[int] = won.tolist()
+    return found

@@ -16,6 +16,7 @@ from kvtune.policies.signals import Needs, Signals
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -62,21 +63,36 @@ class CakeLayers(Allocator):
         free = int(budgets.sum()) - self.window * budgets.size
         if free <= 0 or tokens <= self.window:
             return budgets
-        preference = np.array([self._known(prompt(at)) for at in range(len(budgets))])
+        preference = np.array(self._preferences([prompt(at) for at in range(len(budgets))]))
         share = preference / preference.sum() if preference.sum() > 0 else 1 / len(budgets)
         wanted = np.broadcast_to(share, len(budgets))[:, None] * free / budgets.shape[1]
         return round_to_sum(
             wanted.repeat(budgets.shape[1], 1) + self.window, int(budgets.sum()), tokens
         )
 
-    def _known(self, signals: Signals) -> float:
-        """The preference, computed once a prompt: it is the same whatever the budgets are."""
-        return signals.once(f"preference {self}", lambda: self.preference(signals))
-
     def preference(self, signals: Signals) -> float:
         """How much a layer wants, on any scale that all layers share."""
+        return self._preferences([signals])[0]
+
+    def _preferences(self, layers: Sequence[Signals]) -> list[float]:
+        """The same of several layers, for which the device is waited for once."""
+        import torch
+
+        parts = torch.stack([self._known(signals) for signals in layers]).tolist()
+        return [self._scaled(entropy, shift) for entropy, shift in parts]
+
+    def _known(self, signals: Signals) -> Tensor:
+        """Entropy and shift, computed once a prompt: they are the same whatever the budgets are."""
+        return signals.once(f"preference {self}", lambda: self._entropy_and_shift(signals))
+
+    def _entropy_and_shift(self, signals: Signals) -> Tensor:
+        """``[2]`` float32 on the signals' device."""
+        import torch
+
         drawn = signals.window_attention(self.window)[..., : signals.prompt_tokens - self.window]
-        entropy = float(-(drawn * (drawn + 1e-10).log()).sum())
-        shift = float(variance(drawn).sum())
+        entropy = -(drawn * (drawn + 1e-10).log()).sum()
+        return torch.stack([entropy, variance(drawn).sum()])
+
+    def _scaled(self, entropy: float, shift: float) -> float:
         scaled: float = max(entropy, 0.0) ** (1 / self.spread) * shift ** (1 / self.shift)
         return scaled

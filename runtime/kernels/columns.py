@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvtune.runtime.kernels.launch import is_native
+
 
 @triton.jit
 def _query_lse(q, k, lse, stride_q, stride_k, tokens, scale, G,
@@ -79,7 +81,7 @@ def column_sums(q: Tensor, k: Tensor, scale: float) -> Tensor:
     block = 64
     grid = (triton.cdiv(tokens, block), heads)
     group = heads // len(k)
-    common = (q.stride(0), k.stride(0), tokens, scale, group, head_dim, block, not q.is_cuda)
+    common = (q.stride(0), k.stride(0), tokens, scale, group, head_dim, block, not is_native())
     _query_lse[grid](q, k, lse, *common)
     _column_sums[grid](q, k, lse, sums, *common)
     return sums

@@ -227,7 +227,7 @@ def _launch(
         scratch.parts, scratch.lse, scratch.gathered(signs), scratch.arrived, scale,
         D=head_dim, G=group, M=heads,
         PAIRS=cache.pairs, N_PAIRS=len(cache.pairs),
-        STAGES=shape.stages, NATIVE=q.is_cuda,
+        STAGES=shape.stages, NATIVE=is_native(),
         EXPORT=0 if logits is None else logits.shape[1],
         SIGNS=signs, num_warps=warps, **_limits(shape), **seated,
     )  # fmt: skip
@@ -235,6 +235,14 @@ def _launch(
 
 def _limits(shape: Shape) -> dict[str, int]:
     return {} if shape.registers is None else {"maxnreg": shape.registers}
+
+
+@functools.cache
+def is_native() -> bool:
+    """Whether kernels are compiled; Triton's interpreter multiplies bf16 wrongly."""
+    import triton
+
+    return not triton.knobs.runtime.interpret
 
 
 @functools.cache

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import torch
 
-from kvtune.common.kept import NOTHING_KEPT, Kept
+from kvtune.common.kept import NOTHING_KEPT, Kept, said
 from kvtune.common.progress import Progress, Silent
 from kvtune.policies.apply import apply_together, linked
 from kvtune.policies.policy import Policy
@@ -53,10 +52,11 @@ def replay_policies(
     steps = (progress or Silent()).track(samples, "replaying policies", len(samples))
     depth = trace.geometry.layers
     layers = range(min(every // 2, depth - 1), depth, every)  # one at least, of a shallow model
-    nameless = [replace(policy, name="") for policy in policies]
+    # Policies say all of their heads, which takes long: once, and not for every sample.
+    which = said([replace(policy, name="") for policy in policies])
 
     def replayed(sample: SampleRecord) -> Floats:
-        key = "replay", sample.id, tuple(layers), block, nameless
+        key = "replay", sample.id, tuple(layers), block, which
         if (known := kept.get(*key)) is not None:
             return known["losses"]
         losses = _replay_sample(trace, sample, policies, layers, block, device)
@@ -81,14 +81,23 @@ def _replay_sample(
     def load(index: int) -> LayerReplay:
         return LayerReplay.of(trace.layer(sample.id, index, device, names=names), device)
 
-    @cache  # allocators that compare layers read them all, and each policy has its own
-    def prompt(index: int) -> Signals:
-        return load(index).signals
+    read: dict[int, LayerReplay] = {}  # allocators that compare layers read all, before any is used
 
+    def prompt(index: int) -> Signals:
+        if index not in read:
+            read[index] = load(index)
+        return read[index].signals
+
+    readers = readers_for(device)
+    if any(policy.compares_layers for policy in policies):
+        every = range(trace.geometry.layers)
+        read.update(zip(every, ahead(load, every, readers), strict=True))
     budgets = [policy.settle(sample.prompt, prompt) for policy in policies]
+    waiting = ahead(load, [index for index in layers if index not in read], readers)
     total: torch.Tensor | float = 0.0
     probes = 1
-    for index, layer in zip(layers, ahead(load, layers, readers_for(device)), strict=True):
+    for index in layers:
+        layer = read.pop(index) if index in read else next(waiting)
         probes = layer.probes.shape[0]
         options = [option for policy in policies for option in policy.heads[index]]
         signals = linked(layer.signals, options, trace.geometry.layers, prompt)

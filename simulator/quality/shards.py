@@ -35,6 +35,7 @@ def build_tables_on(
     block: int = DEFAULT_BLOCK,
     device: str = "cpu",
     progress: Progress | None = None,
+    trusted: bool = False,
 ) -> Tables:
     """What ``build_tables`` makes, replayed by the engine's workers.
 
@@ -45,27 +46,31 @@ def build_tables_on(
         block: positions whose responses are summed before squaring.
         device: of workers that were given none of their own (``common.processes``).
         progress: told of every (sample, layer).
+        trusted: the workers are this process's own, which need not hash what it has hashed.
     """
     cells = cells_of(trace, trace.samples, options, device)
-    waiting = [
-        engine.submit(replay_cell, trace.root, cell, tuple(options), block, device)
-        for cell in cells
-    ]
+    given = tuple(options), block, device, trace.checked if trusted else frozenset()
+    waiting = [engine.submit(replay_cell, trace.root, cell, *given) for cell in cells]
     tracked = (progress or Silent()).track(waiting, "replaying options", len(waiting))
     found = [part.result() for part in tracked]
     return assembled(trace, trace.samples, options, cells, found)
 
 
 def replay_cell(
-    root: Path, cell: Cell, options: Sequence[Option], block: int, device: str
+    root: Path,
+    cell: Cell,
+    options: Sequence[Option],
+    block: int,
+    device: str,
+    checked: frozenset[str] = frozenset(),
 ) -> Floats:
     """One cell, by a worker."""
-    trace = _trace(root)
+    trace = trace_once(root, checked)
     loaded = load_cell(trace, trace.samples, cell, options, own_device(device))
     return layer_features(loaded, options, block)
 
 
 @cache
-def _trace(root: Path) -> Trace:
-    """The worker's trace: files that were checked once are not hashed again."""
-    return open_trace(root)
+def trace_once(root: Path, checked: frozenset[str]) -> Trace:
+    """The worker's trace: files that were checked once, here or by the caller, are not hashed."""
+    return open_trace(root, map(Path, checked))
