@@ -40,9 +40,9 @@ from kvtune.policies.policy import Policy
 from kvtune.runtime import load_cache
 from kvtune.runtime.admission import read_prompts
 from kvtune.runtime.cache import policy_cache as caches
-from kvtune.runtime.cache.backend import TritonBackend
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.policy_cache import PolicyCache
+from kvtune.runtime.cache.triton_backend import TritonBackend
 from kvtune.runtime.graph import DecodeLoop
 
 NO_NUMBER = 0xFF

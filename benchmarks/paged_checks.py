@@ -18,9 +18,10 @@ from torch import Tensor
 from kvtune.policies.option import Option
 from kvtune.policies.page_formats import PAGE
 from kvtune.policies.pages import PageLayout
-from kvtune.runtime.cache.backend import TritonBackend
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.pool import Pool
+from kvtune.runtime.cache.reserving import reserve
+from kvtune.runtime.cache.triton_backend import TritonBackend
 from kvtune.runtime.kernels import tiles
 from kvtune.runtime.kernels.appending import append_token, move_tokens
 from kvtune.runtime.kernels.columns import column_sums
@@ -207,7 +208,7 @@ def check_rotated() -> dict[str, bool]:
         pool.memory.zero_()
         layers.append(PagedLayer(0, [Option()] * 8, HEAD_DIM, 8, pool, TritonBackend()))
         layers[-1].seal(PAGE)
-        layers[-1].reserve(PAGE)
+        reserve(layers[-1], PAGE)
     alike = True
     for _ in range(PAGE):
         joined = torch.randn(shape, device=DEVICE).bfloat16().transpose(1, 2)

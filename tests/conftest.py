@@ -7,10 +7,13 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+from kvtune.tests import tiers
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, whoever does that
@@ -24,17 +27,20 @@ settings.load_profile("kvtune")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    tiers.full_tier = _asks_for_all(config)
     config.addinivalue_line("markers", "real_model: needs SmolLM2 in the model store, or pip once")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pycollect_makeitem(collector: Any, name: str, obj: Any) -> list[Any] | None:
     """Leave out tests of the full tier where it is not asked for: thousands of cases to make."""
-    asked = collector.config.option.markexpr != "not full" or "::" in " ".join(
-        collector.config.args
-    )
     full = any(mark.name == "full" for mark in getattr(obj, "pytestmark", ()))
-    return [] if full and not asked else None
+    return [] if full and not _asks_for_all(collector.config) else None
+
+
+def _asks_for_all(config: pytest.Config) -> bool:
+    """Whether tests of the full tier may run: asked for as a tier, or one by its name."""
+    return config.option.markexpr != "not full" or "::" in " ".join(config.args)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -266,6 +272,16 @@ def make_tables() -> Callable[..., Any]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def systems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of made-up kernel tables of stacks, as their package has it: read only."""
+    from kvtune.tests.made_up_tables import write_systems
+
+    folder = tmp_path_factory.mktemp("wheel") / "systems"
+    write_systems(folder)
+    return folder
 
 
 def _curve(name: str, factor: float) -> list[dict[str, Any]]:
