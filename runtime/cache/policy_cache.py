@@ -29,6 +29,7 @@ from kvtune.runtime.cache.host_rows import Landing
 from kvtune.runtime.cache.layer import CacheLayer
 from kvtune.runtime.cache.limit import LimitedPool, check_limit
 from kvtune.runtime.cache.paged_layer import PagedLayer
+from kvtune.runtime.cache.pool import PoolFullError
 from kvtune.runtime.cache.reserving import reserve
 from kvtune.runtime.cache.sentences import SentenceEnds
 from kvtune.runtime.cache.settling import settle
@@ -202,7 +203,7 @@ class PolicyCache(Cache):  # type: ignore[misc]
         try:
             settle(layer)
             reserve(layer, tokens)
-        except KvtuneError:
+        except PoolFullError:
             if self.captured:
                 raise
             growing = layer.growing_layout
