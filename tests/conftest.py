@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from kvtune.tests import tiers
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, whoever does that
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: more threads would only be in the way
@@ -27,20 +25,17 @@ settings.load_profile("kvtune")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    tiers.full_tier = _asks_for_all(config)
     config.addinivalue_line("markers", "real_model: needs SmolLM2 in the model store, or pip once")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pycollect_makeitem(collector: Any, name: str, obj: Any) -> list[Any] | None:
     """Leave out tests of the full tier where it is not asked for: thousands of cases to make."""
+    asked = collector.config.option.markexpr != "not full" or "::" in " ".join(
+        collector.config.args
+    )
     full = any(mark.name == "full" for mark in getattr(obj, "pytestmark", ()))
-    return [] if full and not _asks_for_all(collector.config) else None
-
-
-def _asks_for_all(config: pytest.Config) -> bool:
-    """Whether tests of the full tier may run: asked for as a tier, or one by its name."""
-    return config.option.markexpr != "not full" or "::" in " ".join(config.args)
+    return [] if full and not asked else None
 
 
 @pytest.hookimpl(wrapper=True)

@@ -99,9 +99,7 @@ def read(
     return cache, seen
 
 
-@pytest.mark.parametrize(
-    "form", first([None, Int4()]), ids=lambda form: "int4" if form else "16 bits"
-)
+@pytest.mark.parametrize("form", first([None, Int4()]), ids=["16 bits", "int4"])
 @pytest.mark.parametrize("method", READERS, ids=lambda method: method.label)
 def test_a_reader_chooses_step_by_step_what_it_chooses_in_replay(
     network: Any, method: Method, form: Int4 | None

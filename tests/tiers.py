@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 
-full_tier = True
-"""Whether cases of the full tier are made: ``conftest`` says no where none is asked for."""
-
 
 def first(values: Iterable[Any], count: int = 1) -> list[Any]:
     """Values of a parameter, of which only the first ``count`` are tried by default; all others
@@ -19,7 +16,6 @@ def first(values: Iterable[Any], count: int = 1) -> list[Any]:
     return [
         pytest.param(value, marks=[pytest.mark.full] if at >= count else [])
         for at, value in enumerate(values)
-        if at < count or full_tier
     ]
 
 
