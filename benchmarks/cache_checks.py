@@ -36,7 +36,9 @@ from kvtune.policies.policy import Policy
 from kvtune.policies.testing.decode import decode_methods
 from kvtune.runtime import load_cache
 from kvtune.runtime.cache import policy_cache as caches
-from kvtune.runtime.cache.backend import PlainBackend, Seen, TritonBackend
+from kvtune.runtime.cache.backend import Seen
+from kvtune.runtime.cache.plain_backend import PlainBackend
+from kvtune.runtime.cache.triton_backend import TritonBackend
 from kvtune.runtime.graph import generate
 from kvtune.runtime.kernels.launch import Paged, Scratch
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from kvtune.policies.pages import PageLayout
-from kvtune.runtime.cache.backend import TritonBackend, Writing
-from kvtune.runtime.cache.fitted_pages import Fitted
+from kvtune.runtime.cache.backend import Fitted, Writing
+from kvtune.runtime.cache.triton_backend import TritonBackend
 from kvtune.runtime.kernels.launch import Paged, Scratch, Shape, decode
 from kvtune.runtime.kernels.reference import read_page
 from kvtune.runtime.kernels.reference_signs import read_sign_pages

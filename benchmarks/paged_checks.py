@@ -5,26 +5,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from paged import DEVICE, Layer, Run, make_layer, uniform
+from paged import DEVICE, WRITTEN, Layer, Run, make_layer, uniform
 from torch import Tensor
 
 from kvtune.policies.option import Option
 from kvtune.policies.page_formats import PAGE
 from kvtune.policies.pages import PageLayout
-from kvtune.runtime.cache.backend import TritonBackend
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.pool import Pool
+from kvtune.runtime.cache.reserving import reserve
+from kvtune.runtime.cache.triton_backend import TritonBackend
+from kvtune.runtime.kernels import tiles
 from kvtune.runtime.kernels.appending import append_token, move_tokens
 from kvtune.runtime.kernels.columns import column_sums
 from kvtune.runtime.kernels.elementwise import rotate
 from kvtune.runtime.kernels.launch import decode
 from kvtune.runtime.kernels.pages import store_pages
 from kvtune.runtime.kernels.reference import attend, read_page, write_page
+from kvtune.runtime.kernels.tiles import PROGRAMS, block_costs, kind_of
 from kvtune.runtime.rotation import Rotation
 
 GROUP, HEAD_DIM, ROWS = 4, 128, 64
@@ -80,6 +85,54 @@ def check_against_sdpa() -> dict[str, float]:
     ours = decode(q, layer.paged, layer.scratch, HEAD_DIM**-0.5)[::8]
     errors = relative(ours, exact), relative(theirs[:, :, 0], exact)
     return {"ours": errors[0], "sdpa": errors[1], "ratio": errors[0] / errors[1]}
+
+
+def check_long_tiles(second: str | None = None) -> dict[str, float]:
+    """Errors of a layer that is cut finer than programs run at once, so that none takes too long.
+
+    Every second row holds the same tokens, each with a query of its own: two are read back by the
+    reference for all. In the interpreter a tenth of all is enough, of fewer rows.
+
+    Args:
+        second: format of a few more tokens in each row; none unless given.
+
+    Raises:
+        AssertionError: the layer is cut as if there was no such rule, or a tile takes longer.
+    """
+    rows, tokens, share = (ROWS, 40_000, 1.0) if DEVICE == "cuda" else (8, 2560, 0.1)
+    runs = uniform(rows, tokens, "int4") + (uniform(rows, 37, second) if second else [])
+    with smaller_card(share):
+        layer = make_layer(runs, rows, GROUP, HEAD_DIM)
+        records = layer.paged.tiles.cpu().numpy()
+        took = block_costs(records[:, 1].astype(np.int64)) * records[:, 4] / PAGE
+        assert len(records) > 1.1 * PROGRAMS[kind_of(layer.paged.pairs)], "the rule was not asked"
+        assert took.max() < 1.125 * tiles.LONGEST_TILE, f"a tile takes {took.max():.2f}"
+    q = torch.randn(rows, GROUP, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
+    out, lse = torch.empty(q.shape, device=DEVICE), torch.empty(q.shape[:2], device=DEVICE)
+    held, scale = [layer.dense(row) for row in range(WRITTEN)], HEAD_DIM**-0.5
+    exact, exact_lse = map(
+        torch.stack,
+        zip(*(attend(q[n].double(), *held[n % WRITTEN], scale) for n in range(rows)), strict=True),
+    )
+    worst = {"tiles": float(len(records)), "frobenius": 0.0, "lse": 0.0}
+    for _ in range(2):  # the counters must be as they were for the next launch
+        decode(q, layer.paged, layer.scratch, scale, out, lse)
+        worst["frobenius"] = max(worst["frobenius"], relative(out, exact))
+        worst["lse"] = max(worst["lse"], float((lse - exact_lse).abs().max()))
+    return worst
+
+
+@contextmanager
+def smaller_card(share: float) -> Iterator[None]:
+    """As many programs run at once, and tiles may take so long, as this share of what they do."""
+    longest, programs = tiles.LONGEST_TILE, dict(PROGRAMS)
+    tiles.LONGEST_TILE *= share
+    PROGRAMS.update({kind: round(share * count) for kind, count in programs.items()})
+    try:
+        yield
+    finally:
+        tiles.LONGEST_TILE = longest
+        PROGRAMS.update(programs)
 
 
 def check_pages(keys_as: str, values_as: str) -> dict[str, float]:
@@ -155,7 +208,7 @@ def check_rotated() -> dict[str, bool]:
         pool.memory.zero_()
         layers.append(PagedLayer(0, [Option()] * 8, HEAD_DIM, 8, pool, TritonBackend()))
         layers[-1].seal(PAGE)
-        layers[-1].reserve(PAGE)
+        reserve(layers[-1], PAGE)
     alike = True
     for _ in range(PAGE):
         joined = torch.randn(shape, device=DEVICE).bfloat16().transpose(1, 2)
@@ -196,6 +249,8 @@ def cases() -> dict[str, Callable[[], Any]]:
         "decode 8 bits": lambda: check_decode(128, 7, eights, 64),
         "decode D 64": lambda: check_decode(64, 3, mixed, 8),
         "decode D 256": lambda: check_decode(256, 2, mixed, 8),
+        "decode int4 in long rows": check_long_tiles,
+        "decode int4 and bf16 in long rows": lambda: check_long_tiles("bf16"),
         "bf16 beside sdpa": check_against_sdpa,
         "pages int4 int2": lambda: check_pages("int4", "int2"),
         "pages fp8 int8": lambda: check_pages("fp8", "int8"),

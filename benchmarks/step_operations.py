@@ -38,7 +38,7 @@ from kvtune.policies.methods.tova import Tova
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.runtime import load_cache
-from kvtune.runtime.cache.backend import PlainBackend
+from kvtune.runtime.cache.plain_backend import PlainBackend
 
 LAYERS, HEADS, GROUP, HEAD_DIM = 2, 3, 3, 64
 PROMPT, STEPS, RESIDUAL = 256, 17, 16

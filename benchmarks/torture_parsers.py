@@ -43,7 +43,7 @@ from kvtune.tuner.explore.reader import StudyReader
 from kvtune.tuner.explore.what_if import Setting, figures_of
 from kvtune.tuner.finished import Finished
 from kvtune.tuner.journal import FORMAT, Journal
-from kvtune.tuner.result import read_result
+from kvtune.tuner.stored_result import read_result
 
 SHAPES = ("M0 8k", "16GB", "24.5 GiB", "32k", "8192", "1m", "0.5tb")
 

@@ -47,7 +47,7 @@ def known_before(document: PolicyDocument, path: Path, stack: str) -> Known:
 def _predicted_by_search(path: Path, live: Estimate) -> Estimate | None:
     """The prediction of the search that measured ``live``; None where no such result is there."""
     from kvtune.common.errors import KvtuneError
-    from kvtune.tuner.result import read_result
+    from kvtune.tuner.stored_result import read_result
 
     try:
         found = read_result(path)
@@ -63,7 +63,7 @@ def other_texts(path: Path, found: Validation) -> str | None:
     None where they are the same, or where the search's result is not beside the policy.
     """
     from kvtune.common.errors import KvtuneError
-    from kvtune.tuner.result import read_result
+    from kvtune.tuner.stored_result import read_result
 
     try:
         searched = set(read_result(path).baselines[0].by_kind)

@@ -70,7 +70,7 @@ _READERS = 4
 
 
 @dataclass
-class _Kept:
+class _Recorder:
     """Collects each layer's signals while the prompt runs, no more than ``needs`` asks for."""
 
     needs: Needs
@@ -109,28 +109,28 @@ def fresh_prompt(
     Raises:
         KvtuneError: a calibration is needed and the model has none.
     """
-    kept = _Kept(needs, loaded.geometry)
+    read = _Recorder(needs, loaded.geometry)
     token_ids = sample.token_ids[: sample.prompt]
     with torch.no_grad():
-        run_prompt(loaded, token_ids, kept)
+        run_prompt(loaded, token_ids, read)
         if more := [name for name in ASKED if getattr(needs, name)]:
-            answers = asked_again(loaded, token_ids, kept.cache, more)
-            for signals, answer in zip(kept.layers, answers, strict=True):
+            answers = asked_again(loaded, token_ids, read.cache, more)
+            for signals, answer in zip(read.layers, answers, strict=True):
                 vars(signals).update(answer)
     if needs.calibration:
-        _add_calibration(kept.layers, require_calibration(loaded.fingerprint), loaded.device)
+        _add_calibration(read.layers, require_calibration(loaded.fingerprint), loaded.device)
     if needs.learned:
-        layers = learned_layers(loaded.fingerprint, len(kept.layers), loaded.device)
-        for signals, matrices in zip(kept.layers, layers, strict=True):
+        layers = learned_layers(loaded.fingerprint, len(read.layers), loaded.device)
+        for signals, matrices in zip(read.layers, layers, strict=True):
             signals.learned = matrices
     if needs.sentences:
         ends = sentence_ends(loaded, sample.token_ids)
-        for signals in kept.layers:
+        for signals in read.layers:
             signals.sentence_ends = ends
     if needs.future or needs.probes:
         drawn = probes if needs.probes else Probes(1)  # the pass itself is what the future takes
-        _add_future(kept.layers, observe(loaded, sample, kept.cache, drawn))
-    return kept.layers.__getitem__
+        _add_future(read.layers, observe(loaded, sample, read.cache, drawn))
+    return read.layers.__getitem__
 
 
 def _add_calibration(layers: list[Signals], found: Calibration, device: str) -> None:

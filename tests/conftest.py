@@ -7,6 +7,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -266,6 +267,16 @@ def make_tables() -> Callable[..., Any]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def systems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of made-up kernel tables of stacks, as their package has it: read only."""
+    from kvtune.tests.made_up_tables import write_systems
+
+    folder = tmp_path_factory.mktemp("wheel") / "systems"
+    write_systems(folder)
+    return folder
 
 
 def _curve(name: str, factor: float) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from kvtune.policies.pages import PageLayout
-from kvtune.runtime.cache.backend import PlainBackend, Writing
+from kvtune.runtime.cache.backend import Writing
+from kvtune.runtime.cache.plain_backend import PlainBackend
 from kvtune.runtime.kernels.launch import Paged
 from kvtune.runtime.kernels.reference import read_page
 from kvtune.runtime.kernels.tiles import TABLE_AHEAD, Segments, plan_tiles

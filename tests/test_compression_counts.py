@@ -34,33 +34,16 @@ COUNTED = (
 )  # fmt: skip
 
 
-class Launches(TorchDispatchMode):
-    """Counts operations that would start a kernel: all that make or change numbers."""
+class Operations(TorchDispatchMode):
+    """Sees every operation that makes or changes numbers; views of others do neither."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[Any],
-        args: Any = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        aliases = [returned.alias_info for returned in func._schema.returns]
-        is_view = any(alias is not None and not alias.is_write for alias in aliases)
-        if not is_view and not func._schema.name.startswith(("aten::empty", "aten::detach")):
-            self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
-class Traffic(TorchDispatchMode):
-    """Counts the bytes that operations read and write, each number once an operation."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.bytes = 0
+    def counted(self, name: str, given: Any, found: Any) -> int:
+        """What the operation counts for, by its name, what it was given and what it has made."""
+        raise NotImplementedError
 
     def __torch_dispatch__(
         self,
@@ -72,11 +55,25 @@ class Traffic(TorchDispatchMode):
         found = func(*args, **(kwargs or {}))
         aliases = [returned.alias_info for returned in func._schema.returns]
         if not any(alias is not None and not alias.is_write for alias in aliases):
-            seen = [*torch.utils._pytree.tree_leaves((args, kwargs, found))]
-            held = [x.untyped_storage().nbytes() for x in seen if isinstance(x, torch.Tensor)]
-            whole = [x.numel() * x.element_size() for x in seen if isinstance(x, torch.Tensor)]
-            self.bytes += sum(map(min, held, whole))  # an expanded number is read once
+            self.count += self.counted(func._schema.name, (args, kwargs), found)
         return found
+
+
+class Launches(Operations):
+    """Counts operations that would start a kernel."""
+
+    def counted(self, name: str, given: Any, found: Any) -> int:
+        return int(not name.startswith(("aten::empty", "aten::detach")))
+
+
+class Traffic(Operations):
+    """Counts the bytes that operations read and write, each number once an operation."""
+
+    def counted(self, name: str, given: Any, found: Any) -> int:
+        seen = [*torch.utils._pytree.tree_leaves((given, found))]
+        held = [x.untyped_storage().nbytes() for x in seen if isinstance(x, torch.Tensor)]
+        whole = [x.numel() * x.element_size() for x in seen if isinstance(x, torch.Tensor)]
+        return sum(map(min, held, whole))  # an expanded number is read once
 
 
 def signals(tokens: int) -> Signals:
@@ -111,7 +108,7 @@ def test_moments_of_queries_move_what_torch_moves() -> None:
     with Traffic() as counted:
         query_moments(queries, rope)
     declared = work_of_signals(Needs(query_moments=True), LayerShape(tokens, H * G, H, D))
-    assert 0.75 < declared.moved_bytes / counted.bytes < 1.33
+    assert 0.75 < declared.moved_bytes / counted.count < 1.33
 
 
 def test_a_windows_products_are_those_that_torch_counts() -> None:

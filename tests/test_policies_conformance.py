@@ -6,13 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -28,13 +27,8 @@ from kvtune.tests.tiers import all_hold
 GOLDEN = Path(__file__).parent / "golden" / "policies.json"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Thousands of tiny operations: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# Thousands of tiny operations: a second thread only waits.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def every_variant(kinds: dict[str, type[Any]]) -> list[Any]:

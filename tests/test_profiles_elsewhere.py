@@ -23,13 +23,6 @@ from kvtune.simulator.latency.stack_overheads import Overheads
 from kvtune.tests.made_up_tables import RATE, context_s, decode_s, matrix_s, write, write_systems
 
 
-@pytest.fixture(scope="module")
-def systems(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel") / "systems"
-    write_systems(folder)
-    return folder
-
-
 @pytest.fixture
 def tables(systems: Path) -> ServingTables:
     return ServingTables(systems, "h200_sxm", "vllm")

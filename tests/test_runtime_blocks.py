@@ -34,8 +34,8 @@ from kvtune.policies.option import ALL, Option
 from kvtune.policies.page_formats import PAGE, has_head_scales
 from kvtune.policies.pages import PageLayout, has_pages, layout_of
 from kvtune.policies.registry import group_of, registered
-from kvtune.runtime.cache.backend import PlainBackend
 from kvtune.runtime.cache.paged_layer import PagedLayer
+from kvtune.runtime.cache.plain_backend import PlainBackend
 from kvtune.runtime.cache.pool import Pool
 from kvtune.runtime.cache.storing import store_prompts
 from kvtune.runtime.kernels.launch import Scratch, decode

@@ -47,11 +47,13 @@ from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Signals
 from kvtune.policies.slabs import SLAB_CELLS
 from kvtune.runtime import load_cache
-from kvtune.runtime.cache.backend import Backend, Moves, PlainBackend, TritonBackend
+from kvtune.runtime.cache.backend import Backend, Moves
 from kvtune.runtime.cache.leaving import free, leave
+from kvtune.runtime.cache.plain_backend import PlainBackend
 from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.cache.pool import Pool
 from kvtune.runtime.cache.segments import Leaving
+from kvtune.runtime.cache.triton_backend import TritonBackend
 from kvtune.runtime.graph import Sampling, generate
 from kvtune.runtime.kernels.launch import Scratch
 from kvtune.runtime.kernels.tiles import Segments, kind_of, plan_tiles

@@ -25,12 +25,14 @@ from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.page_formats import PAGE
 from kvtune.policies.policy import Policy
 from kvtune.runtime import load_cache
-from kvtune.runtime.cache.backend import PlainBackend, TritonBackend
 from kvtune.runtime.cache.leaving import free
 from kvtune.runtime.cache.paged_layer import PagedLayer
+from kvtune.runtime.cache.plain_backend import PlainBackend
 from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.cache.pool import Pool
+from kvtune.runtime.cache.reserving import reserve
 from kvtune.runtime.cache.sliding import Ring
+from kvtune.runtime.cache.triton_backend import TritonBackend
 from kvtune.runtime.graph import generate
 from kvtune.runtime.rotation import Rotation
 
@@ -163,7 +165,7 @@ def test_kernels_append_nothing_to_it(slides: bool) -> None:
             layer.ring = Ring(torch.tensor([[0, 1]] * 2).numpy())
             layer.most[:] = 2
         layer.seal(3)
-        layer.reserve(3)
+        reserve(layer, 3)
         free(layer, 0)
         for _ in range(3):
             q, k, v = torch.randn(3, 2, 1, 1, 64, generator=generator).bfloat16()

@@ -34,10 +34,12 @@ from kvtune.policies.paging import Growth, head_pages, sequence_bytes
 from kvtune.policies.policy import Policy
 from kvtune.policies.slabs import Pages
 from kvtune.runtime import load_cache
-from kvtune.runtime.cache.backend import Fetching, PlainBackend, TritonBackend
+from kvtune.runtime.cache.backend import Fetching
 from kvtune.runtime.cache.host_pool import HostPool
 from kvtune.runtime.cache.leaving import free
+from kvtune.runtime.cache.plain_backend import PlainBackend
 from kvtune.runtime.cache.policy_cache import PolicyCache
+from kvtune.runtime.cache.triton_backend import TritonBackend
 from kvtune.runtime.graph import generate
 from kvtune.runtime.measure.filled import filled
 

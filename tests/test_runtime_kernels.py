@@ -33,22 +33,18 @@ from kvtune.policies.page_formats import (
 from kvtune.policies.pages import PageLayout
 from kvtune.policies.policy import Policy
 from kvtune.runtime import load_cache
-from kvtune.runtime.cache.backend import (
-    Backend,
-    Growing,
-    Moves,
-    PlainBackend,
-    Seen,
-    TritonBackend,
-    Writing,
-)
+from kvtune.runtime.cache.backend import Backend, Growing, Moves, Seen, Writing
 from kvtune.runtime.cache.paged_layer import PagedLayer
+from kvtune.runtime.cache.plain_backend import PlainBackend
 from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.cache.pool import Pool
+from kvtune.runtime.cache.reserving import reserve
 from kvtune.runtime.cache.segments import GROWN, SETTLED
 from kvtune.runtime.cache.settling import settle
 from kvtune.runtime.cache.sliding import Ring, places_of
 from kvtune.runtime.cache.storing import store_prompts
+from kvtune.runtime.cache.triton_backend import TritonBackend
+from kvtune.runtime.cache.watching import attend_seeing, columns_of, weights_at
 from kvtune.runtime.fuse import fused
 from kvtune.runtime.kernels.columns import column_sums
 from kvtune.runtime.kernels.launch import Paged, Scratch, decode
@@ -206,7 +202,7 @@ def test_a_ring_is_the_references() -> None:
         layer.seal(30)
         lengths = []
         for token in torch.randn(30, 2, 1, 2, 64, generator=generator).bfloat16():
-            layer.reserve(1)
+            reserve(layer, 1)
             layer.append(*token)
             layer.count_appended()
             lengths.append(layer.paged.lengths.tolist())
@@ -228,12 +224,12 @@ def test_a_layer_sees_the_same_weights_through_kernels() -> None:
         layer.most[0] = 130
         store_prompts(layer, keys, values, [torch.arange(0, 90, 2), torch.arange(90)])
         layer.seal(70)
-        layer.reserve(70)
+        reserve(layer, 70)
         for token in torch.randn(12, 2, 1, 2, 64, generator=generator).bfloat16():
             layer.append(*token)
             layer.count_appended()
         q = torch.randn(2, 3, 64, generator=generator).bfloat16()
-        output, seen = layer.attend_seeing(q, Scratch(2, layer.slots, 3, 64, "cpu"), 0.125)
+        output, seen = attend_seeing(layer, q, Scratch(2, layer.slots, 3, 64, "cpu"), 0.125)
         weights = weights_on_grown(layer, 128, seen)
         assert (weights.sum(-1)[0] - 1).abs().max() < 1e-3  # all of the first row is growing
         assert (weights.sum(-1)[1] < 1).all()
@@ -247,7 +243,7 @@ def weights_on_grown(layer: PagedLayer, places: int, seen: Seen) -> torch.Tensor
     """Attention on the first places of every row's growing segment, ``[rows, G, places]``."""
     rows = torch.arange(layer.rows)
     real = torch.arange(places) < layer.paged.lengths[GROWN * layer.rows + rows][:, None]
-    return layer.weights_at(layer.columns_of(GROWN, rows, places), rows, real, seen)
+    return weights_at(columns_of(layer, GROWN, rows, places), rows, real, seen)
 
 
 @pytest.mark.parametrize("settled", first([64, 128]))
@@ -269,7 +265,7 @@ def test_pages_settle_the_same_through_kernels(settled: int) -> None:
             if at == settled - 2:  # soon the first page, or the second, settles
                 layer.backend = backend
             settle(layer)
-            layer.reserve(1)
+            reserve(layer, 1)
             layer.append(*token)
             layer.count_appended()
         held = [[26, 21, 24, 30], [11, 16, 13, settled + 7], [settled, settled, settled, 0]]
@@ -277,7 +273,7 @@ def test_pages_settle_the_same_through_kernels(settled: int) -> None:
         cells = [int(cell) for row in layer.pages[SETTLED] for cell in row]
         exact = [pool.memory[256 * cell :][:3584] for cell in cells]  # no page is shorter
         q = torch.randn(4, 3, 64, generator=generator).bfloat16()
-        _, seen = layer.attend_seeing(q, Scratch(4, layer.slots, 3, 64, "cpu"), 0.125)
+        _, seen = attend_seeing(layer, q, Scratch(4, layer.slots, 3, 64, "cpu"), 0.125)
         weights = weights_on_grown(layer, 192, seen)
         found.append((torch.stack(exact), weights))
     assert torch.equal(found[0][0], found[1][0])

@@ -27,6 +27,7 @@ from kvtune.policies.paging import TABLE_BYTES, Growth, held_bytes
 from kvtune.policies.policy import Policy
 from kvtune.policies.slabs import share_of_slab
 from kvtune.runtime import load_cache
+from kvtune.runtime.cache import policy_cache
 from kvtune.runtime.cache.backend import backend_type
 from kvtune.runtime.cache.foreseen import pages_wanted
 from kvtune.runtime.cache.placing import warn_of_slow_formats
@@ -104,6 +105,22 @@ def test_a_pool_takes_what_its_limit_leaves_before_it_refuses(network: Any) -> N
     assert counts[0] < counts[1]
 
 
+def test_only_a_full_pool_grows(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else a user can mend is told at once, and takes no more memory each time."""
+    cache = load_cache(whole(Option()), network, new_tokens=4)
+    with torch.no_grad():
+        network(**ids(20), past_key_values=cache)
+    size = cache.pool.memory.numel()
+
+    def damaged(*_: object) -> None:
+        raise KvtuneError("kernels.yaml: no such key")
+
+    monkeypatch.setattr(policy_cache, "reserve", damaged)
+    with pytest.raises(KvtuneError, match="no such key"):
+        cache.reserve(1)
+    assert cache.pool.memory.numel() == size
+
+
 RESIDUAL = Kivi(group=64, residual=128)
 
 
@@ -141,5 +158,5 @@ def test_what_is_read_back_is_warned_of() -> None:
 def test_without_triton_a_gpu_reads_nothing_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     for found, reads in ((object(), True), (None, False)):
         monkeypatch.setattr("importlib.util.find_spec", lambda _, found=found: found)
-        assert backend_type("cuda").reads_packed == reads
-    assert not backend_type("cpu").reads_packed
+        assert backend_type("cuda").has_kernels == reads
+    assert not backend_type("cpu").has_kernels

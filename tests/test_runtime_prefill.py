@@ -26,9 +26,9 @@ from kvtune.policies.policy import Policy
 from kvtune.policies.slabs import SLAB_CELLS
 from kvtune.runtime import load_cache
 from kvtune.runtime.cache import foreseen, paged_layer, reading, storing
-from kvtune.runtime.cache.backend import PlainBackend
 from kvtune.runtime.cache.layer import CacheLayer
 from kvtune.runtime.cache.paged_layer import PagedLayer
+from kvtune.runtime.cache.plain_backend import PlainBackend
 from kvtune.runtime.cache.pool import Pool
 from kvtune.runtime.cache.segments import CODED, SETTLED
 from kvtune.runtime.cache.storing import store_prompts

@@ -20,11 +20,14 @@ from kvtune.policies.option import Option
 from kvtune.policies.page_formats import BF16_PAGE
 from kvtune.policies.policy import Policy
 from kvtune.runtime import load_cache
-from kvtune.runtime.cache.backend import Backend, PlainBackend, TritonBackend
+from kvtune.runtime.cache.backend import Backend
 from kvtune.runtime.cache.paged_layer import PagedLayer
+from kvtune.runtime.cache.plain_backend import PlainBackend
 from kvtune.runtime.cache.pool import Pool
+from kvtune.runtime.cache.reserving import reserve
 from kvtune.runtime.cache.segments import GROWN
 from kvtune.runtime.cache.sliding import Ring
+from kvtune.runtime.cache.triton_backend import TritonBackend
 from kvtune.runtime.fuse import fused
 from kvtune.runtime.kernels import elementwise
 from kvtune.runtime.kernels.elementwise import rotate
@@ -58,7 +61,7 @@ def growing(head_dim: int, heads: int, batch: int, slides: bool, backend: Backen
         layer.ring = Ring(np.array([[0, 1]] * layer.rows))
         layer.most[:] = 2
     layer.seal(TOKENS)
-    layer.reserve(TOKENS)
+    reserve(layer, TOKENS)
     return layer
 
 

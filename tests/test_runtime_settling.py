@@ -26,11 +26,12 @@ from kvtune.policies.paging import head_pages
 from kvtune.policies.policy import Policy
 from kvtune.policies.slabs import SLAB_CELLS
 from kvtune.runtime import load_cache
-from kvtune.runtime.cache.backend import PlainBackend
 from kvtune.runtime.cache.leaving import free
 from kvtune.runtime.cache.paged_layer import PagedLayer
+from kvtune.runtime.cache.plain_backend import PlainBackend
 from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.cache.pool import Pool
+from kvtune.runtime.cache.reserving import reserve
 from kvtune.runtime.cache.segments import CODED, GROWN, SETTLED
 from kvtune.runtime.cache.settling import settle
 from kvtune.runtime.cache.storing import store_prompts
@@ -77,7 +78,7 @@ def test_old_pages_are_quantised_and_new_ones_are_not(
     for at in range(300):
         if at % stride == 0:
             settle(layer)
-            layer.reserve(stride)
+            reserve(layer, stride)
         layer.append(keys[None, :, PROMPT + at], values[None, :, PROMPT + at])
         layer.count_appended()
     assert (layer.paged.table is table) == (stride > 1)
@@ -158,7 +159,7 @@ def test_fp8_is_held_to_the_prompts_range() -> None:
     loud = 100 * torch.ones(1, 1, D)
     for _ in range(65):
         settle(layer)
-        layer.reserve(1)
+        reserve(layer, 1)
         layer.append(loud, loud)
         layer.count_appended()
     assert layer.lengths[:, 0].tolist() == [70, 1, 64]

@@ -21,9 +21,10 @@ from kvtune.policies.pages import PageLayout, has_pages, layout_of
 from kvtune.policies.paging import Growth, head_pages
 from kvtune.policies.slabs import pool_cells
 from kvtune.runtime.cache import fitted_pages
-from kvtune.runtime.cache.backend import PlainBackend, Seen
+from kvtune.runtime.cache.backend import Seen
 from kvtune.runtime.cache.leaving import free
 from kvtune.runtime.cache.paged_layer import PagedLayer
+from kvtune.runtime.cache.plain_backend import PlainBackend
 from kvtune.runtime.cache.pool import Pool
 from kvtune.runtime.cache.storing import store_prompts
 from kvtune.runtime.kernels.launch import Scratch, decode

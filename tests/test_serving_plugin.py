@@ -43,7 +43,7 @@ from kvtune.policies.pages import PageLayout
 from kvtune.policies.placement import pages_of
 from kvtune.policies.policy import Policy
 from kvtune.policies.servable import check_servable
-from kvtune.runtime.cache.backend import PlainBackend
+from kvtune.runtime.cache.plain_backend import PlainBackend
 from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.cache.segments import CODED
 from kvtune.runtime.serving import asking, compressing, laying, reading, seats, vllm_plugin

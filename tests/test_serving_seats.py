@@ -16,7 +16,9 @@ from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.methods.weighted_keys import WeightedKeys
 from kvtune.policies.option import ALL, Budget, Option
 from kvtune.policies.policy import Policy
-from kvtune.runtime.cache.backend import Backend, PlainBackend, TritonBackend
+from kvtune.runtime.cache.backend import Backend
+from kvtune.runtime.cache.plain_backend import PlainBackend
+from kvtune.runtime.cache.triton_backend import TritonBackend
 from kvtune.runtime.serving.blocks import PlannedBlocks
 from kvtune.runtime.serving.running import Running
 from kvtune.runtime.serving.seat_planning import most_room

@@ -36,18 +36,11 @@ from kvtune.simulator.serving.stack_times import StackGrids, StackTimes
 from kvtune.simulator.serving.step import Limits
 from kvtune.simulator.serving.step_times import Chunk, Curve, StepTimes
 from kvtune.simulator.serving.times import prepare
-from kvtune.tests.made_up_tables import RATE, write_systems
+from kvtune.tests.made_up_tables import RATE
 
 LLAMA, H200 = find_model("llama-8b"), find_gpu("h200")
 VLLM = StackKernels("vllm")
 OVER = Overheads(1e-6, 1e-4, 1e-6, kernels=1.1, reading=1.2, launches_s=1e-6)
-
-
-@pytest.fixture(scope="module")
-def systems(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel") / "systems"
-    write_systems(folder)
-    return folder
 
 
 @pytest.fixture

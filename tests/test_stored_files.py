@@ -26,7 +26,7 @@ from kvtune.traces.texts import user
 from kvtune.tuner.bench_runs import read_runs
 from kvtune.tuner.explore.measured import keep_answer
 from kvtune.tuner.explore.reader import StudyReader
-from kvtune.tuner.result import read_result
+from kvtune.tuner.stored_result import read_result
 
 LOSS = {"value": 0.02, "interval": [0.01, 0.03], "unit": "nats/token", "tier": "live"}
 

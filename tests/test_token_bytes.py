@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from kvtune.policies.pages import PageLayout
-from kvtune.runtime.cache.backend import PlainBackend, TritonBackend
+from kvtune.runtime.cache.plain_backend import PlainBackend
 from kvtune.runtime.cache.token_bytes import Copies, token_bytes
+from kvtune.runtime.cache.triton_backend import TritonBackend
 from kvtune.runtime.kernels.reference import read_page, write_page
 from kvtune.tests.tiers import first
 

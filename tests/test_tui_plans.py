@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from textual.pilot import Pilot
 from textual.strip import Strip
 from textual.widgets import Input
 
+from kvtune.common.errors import KvtuneError
 from kvtune.profiles.gpus import find_gpu
 from kvtune.tests.made_up import write_study
 from kvtune.tests.test_tui_app import FakeFeed, drive, screen_of
 from kvtune.tui.palette import FRONT
+from kvtune.tui.screens.validate import model_of
 from kvtune.tui.widgets.canvas import PlotCanvas
 from kvtune.tui.widgets.keys import Keys
 from kvtune.tui.widgets.plan_panel import FigureLines, PlanPanel
@@ -278,3 +281,17 @@ def test_no_colour_hides_a_plan_of_the_front(study: Study) -> None:
             assert discs() == plain
 
     drive(FakeFeed(study), steps, (80, 24))
+
+
+def test_a_live_run_asks_for_the_model_that_the_search_did_and_for_no_other(tmp_path: Path) -> None:
+    study = StudyReader(write_study(tmp_path / "run", 5)).read()
+    selected = SimpleNamespace(study=study)
+    question = study.folder / "config.json"
+    question.write_text('{"model": "/models/mine"}')
+    assert model_of(selected) == "/models/mine"  # type: ignore[arg-type]
+    for damaged in ("{", "[]", '{"model": 7}'):
+        question.write_text(damaged)
+        with pytest.raises(KvtuneError, match=r"config\.json"):
+            model_of(selected)  # type: ignore[arg-type]
+    question.unlink()
+    assert model_of(selected) == study.facts.shape.name  # type: ignore[arg-type]

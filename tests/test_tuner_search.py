@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -43,8 +44,9 @@ from kvtune.tuner.explore.reader import StudyReader
 from kvtune.tuner.finished import finished
 from kvtune.tuner.options import METHODS, Menu, alike, every_method
 from kvtune.tuner.request import SearchRequest
-from kvtune.tuner.result import SearchResult, read_result
+from kvtune.tuner.result import SearchResult
 from kvtune.tuner.search import run_search
+from kvtune.tuner.stored_result import read_result
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -215,6 +217,78 @@ def saved_model(
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the tiny model's searches keep traces and tables for each other."""
     return tmp_path_factory.mktemp("cache")
+
+
+class KilledError(BaseException):
+    """Ends a search wherever it is, as a kill would: nothing catches it."""
+
+
+WORK = (
+    "kvtune.tuner.validate.run_live",
+    "kvtune.tuner.validate.run_beside_full",
+    "kvtune.simulator.quality.evaluate._replay_sample",
+)
+
+
+@dataclass
+class Work:
+    """Replays and live runs that a search does.
+
+    Args:
+        most: after so many the next one is the search's end; None for no end.
+    """
+
+    most: int | None = None
+    done: int = 0
+
+    def watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in WORK:
+            module, function = name.rsplit(".", 1)
+            original = getattr(importlib.import_module(module), function)
+            monkeypatch.setattr(name, self._counted(original))
+
+    def _counted(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*given: Any, **more: Any) -> Any:
+            if self.done == self.most:
+                raise KilledError
+            found = original(*given, **more)
+            self.done += 1
+            return found
+
+        return counted
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A search on the tiny model that has ended: read only.
+
+    Args:
+        request: what was asked.
+        result: what was found.
+        work: replays and live runs that it took.
+    """
+
+    request: SearchRequest
+    result: SearchResult
+    work: int
+
+    def copied(self, run_dir: Path) -> SearchRequest:
+        """The same question, whose answer lies in a folder of one's own."""
+        shutil.copytree(self.request.run_dir, run_dir)
+        return replace(self.request, run_dir=run_dir)
+
+
+@pytest.fixture(scope="module")
+def searched(saved_model: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Searched:
+    """The one search of ``own`` that tests of what comes after a search begin with."""
+    request = of_own_weights(saved_model, tmp_path_factory.mktemp("searched") / "run")
+    work = Work()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvtune.traces.workloads.named_workload", lambda *_: little_workload())
+        patch.setenv("KVTUNE_CACHE", str(cache))
+        work.watch(patch)
+        result = run_search(request)
+    return Searched(request, result, work.done)
 
 
 @pytest.fixture
@@ -415,11 +489,9 @@ def test_a_plan_for_a_stack_is_told_by_what_ran_as_the_stack_does(own: SearchReq
     assert drawn == [each.live_by_kind for each in result.baselines]
 
 
-def test_a_models_own_search_runs_the_plan_and_its_baselines_live(
-    own: SearchRequest, tmp_path: Path
-) -> None:
-    result = run_search(own)
-    written, policy, _ = files(own.run_dir)
+def test_a_models_own_search_runs_the_plan_and_its_baselines_live(searched: Searched) -> None:
+    result, run_dir = searched.result, searched.request.run_dir
+    written, policy, _ = files(run_dir)
     assert written.keys() == KEYS
     assert (policy.layers, policy.kv_heads) == (3, 2)
     assert result.quality.source == "own trace"
@@ -439,7 +511,7 @@ def test_a_models_own_search_runs_the_plan_and_its_baselines_live(
         assert baseline.live.value >= 0  # a plan that keeps all loses exactly nothing
         assert baseline.live_by_kind.keys() == baseline.by_kind.keys()
         assert {loss.tier for loss in baseline.live_by_kind.values()} == {"live"}
-    read = read_result(own.run_dir / "result.json").baselines
+    read = read_result(run_dir / "result.json").baselines
     assert [row.live_by_kind for row in read] == [row.live_by_kind for row in result.baselines]
     assert [row.by_kind for row in read] == [row.by_kind for row in result.baselines]
     assert all(e.low <= e.value <= e.high for row in read for e in row.by_kind.values())
@@ -451,12 +523,12 @@ def test_a_models_own_search_runs_the_plan_and_its_baselines_live(
 
 
 def test_a_second_search_uses_trace_and_tables_again(
-    own: SearchRequest, monkeypatch: pytest.MonkeyPatch
+    own: SearchRequest, searched: Searched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kvtune.simulator.quality import build
     from kvtune.traces import capture
 
-    first = run_search(own)
+    first, own = searched.result, searched.copied(own.run_dir)
     before = files(own.run_dir)
     monkeypatch.setattr(capture, "run_prompt", lambda *_: pytest.fail("captured again"))
     monkeypatch.setattr(build, "build_tables", lambda *_, **__: pytest.fail("built again"))
@@ -574,9 +646,11 @@ def test_another_question_or_an_edited_plan_is_searched_again(
     assert _as_files(request.run_dir)["finished.json"] != written["finished.json"]
 
 
-def test_a_search_stopped_before_its_end_is_the_uninterrupted_one(own: SearchRequest) -> None:
+def test_a_search_stopped_before_its_end_is_the_uninterrupted_one(
+    own: SearchRequest, searched: Searched
+) -> None:
     """As a kill after the study leaves it, and one that leaves half a line of the journal."""
-    run_search(own)
+    own = searched.copied(own.run_dir)
     written = _as_files(own.run_dir)
     for name in ("finished.json", "result.json"):
         (own.run_dir / name).unlink()
@@ -586,54 +660,11 @@ def test_a_search_stopped_before_its_end_is_the_uninterrupted_one(own: SearchReq
     assert _as_files(own.run_dir) == written
 
 
-class KilledError(BaseException):
-    """Ends a search wherever it is, as a kill would: nothing catches it."""
-
-
-WORK = (
-    "kvtune.tuner.validate.run_live",
-    "kvtune.tuner.validate.run_beside_full",
-    "kvtune.simulator.quality.evaluate._replay_sample",
-)
-
-
-@dataclass
-class Work:
-    """Replays and live runs that a search does.
-
-    Args:
-        most: after so many the next one is the search's end; None for no end.
-    """
-
-    most: int | None = None
-    done: int = 0
-
-    def watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in WORK:
-            module, function = name.rsplit(".", 1)
-            original = getattr(importlib.import_module(module), function)
-            monkeypatch.setattr(name, self._counted(original))
-
-    def _counted(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*given: Any, **more: Any) -> Any:
-            if self.done == self.most:
-                raise KilledError
-            found = original(*given, **more)
-            self.done += 1
-            return found
-
-        return counted
-
-
 def test_a_search_that_is_taken_up_again_replays_and_runs_nothing_twice(
-    own: SearchRequest, monkeypatch: pytest.MonkeyPatch
+    own: SearchRequest, searched: Searched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = Work()
-    with monkeypatch.context() as patch:
-        whole.watch(patch)
-        run_search(own)
-    assert whole.done > 10
-    for killed_after in (1, whole.done // 2, whole.done - 1):
+    assert searched.work > 10
+    for killed_after in (1, searched.work // 2, searched.work - 1):
         request = replace(own, run_dir=own.run_dir.with_name(f"killed-{killed_after}") / "run")
         begun, resumed = Work(killed_after), Work()
         with monkeypatch.context() as patch:
@@ -643,8 +674,8 @@ def test_a_search_that_is_taken_up_again_replays_and_runs_nothing_twice(
         with monkeypatch.context() as patch:
             resumed.watch(patch)
             run_search(request)
-        assert resumed.done == whole.done - killed_after
-        assert _as_files(request.run_dir) == _as_files(own.run_dir)
+        assert resumed.done == searched.work - killed_after
+        assert _as_files(request.run_dir) == _as_files(searched.request.run_dir)
 
 
 def test_few_trials_are_never_worse_than_no_compression(packaged: Tables, tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from kvtune.simulator.memory.plan import MemoryPlan
 from kvtune.simulator.memory.weights import check_format
 from kvtune.tuner.explore import PLANS_FILE
 from kvtune.tuner.request import SearchRequest
-from kvtune.tuner.result import FIGURES, SearchResult, StoredResult, read_result
+from kvtune.tuner.result import SearchResult
 from kvtune.tuner.source_models import digests
+from kvtune.tuner.stored_result import StoredResult, read_result
 
 if TYPE_CHECKING:
     from kvtune.tuner.timing import Times
@@ -121,7 +122,7 @@ def _restored(request: SearchRequest, ended: Finished) -> SearchResult:
         policies=policies,
         times=_times(ended.times, where),
         untimed=ended.untimed,
-        **{name: getattr(stored, name) for name in FIGURES},
+        **stored.figures,
     )
 
 

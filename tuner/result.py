@@ -1,20 +1,17 @@
 """What a search answers: the one model of ``result.json``, ``--json``, the explorer and the report.
 
-``SearchResult`` is what a search has found, with its policies; ``StoredResult`` is what its file
-says of it, read by schema: other keys, types and figures are refused.
+``Figures`` are what a search and its file have in common, by the same names; ``SearchResult`` is
+what a search has found, with its policies. ``stored_result.py`` reads the file.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import kvtune
 from kvtune.common.bounds import Count, Loss, Name, NotNegative, Parameter, Whole
-from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import Estimate, Tier, checked_estimate
-from kvtune.common.stored import checked, read_json
 from kvtune.policies.policy import Policy
 from kvtune.simulator.memory.at_once import prompts_at_once
 from kvtune.simulator.memory.plan import MemoryPlan
@@ -23,7 +20,6 @@ from kvtune.tuner.request import SearchRequest
 if TYPE_CHECKING:
     from kvtune.tuner.timing import Times
 
-AGAIN = "run the same search again."
 PLAN_FILE = "policy.yaml"
 Source = Literal["own trace", "stand-in"]
 
@@ -173,69 +169,83 @@ class Baseline:
         return self.live or self.predicted
 
 
-@dataclass(frozen=True)
-class SearchResult:
-    """All that a search found.
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What a search has found, in the order in which ``result.json`` has it.
 
     Args:
-        request: what was asked.
-        budget: device memory, weights, overhead and what is left for the cache, at that context.
         front: most tokens at once last.
-        policy: the chosen plan.
-        context_tokens: prompt tokens of each sequence, chosen where that was left open.
-        prompt_bytes: of one compressed prompt.
-        sequences: that fit at once with it.
-        sequence_bytes: device memory of one by its end, as the stack lays it out that it is for.
-        share: of the bf16 bytes of the same prompt.
+        baselines: the plan first, then what it is compared with.
         quality: of the plan, the best tier there is.
         predicted_quality: of the plan, before live.
-        baselines: the plan first, then what it is compared with.
-        policies: of the plan and of every baseline that has one, by its file.
         memory: peak of everything together, bytes.
         latency: of one decode step of all sequences, seconds.
         prefill: of one prompt, seconds.
         compression: of one prompt, beside its prefill, seconds.
+        context_tokens: prompt tokens of each sequence, chosen where that was left open.
+        sequences: that fit at once with the plan.
+        sequence_bytes: device memory of one by its end, as the stack lays it out that it is for.
         full_cache_sequences: that would fit uncompressed.
+        prompt_bytes: of one compressed prompt.
+        share: of the bf16 bytes of the same prompt.
         full_cache_accuracy: retrieval accuracy of the uncompressed model, live; or None.
         counters: proof that the policy fired: tokens kept and offered, heads compressed.
         notes: automatic choices, each with its reason.
         provenance: versions, seeds, hashes.
         on_stack: the plan as the stack runs it that ``quality`` is of, where that is another than
             kvtune's own runtime, in which ``baselines`` ran; or None.
+    """
+
+    front: tuple[FrontPoint, ...]
+    baselines: tuple[Baseline, ...]
+    quality: Quality
+    predicted_quality: Quality
+    memory: Estimate
+    latency: Estimate
+    prefill: Estimate
+    compression: Estimate
+    context_tokens: Count
+    sequences: Count
+    sequence_bytes: Count
+    full_cache_sequences: Whole
+    prompt_bytes: Whole
+    share: NotNegative
+    full_cache_accuracy: Estimate | None
+    counters: dict[str, Whole]
+    notes: tuple[str, ...]
+    provenance: dict[str, Any]
+    on_stack: Baseline | None = None
+
+    @property
+    def plan(self) -> Baseline:
+        """The plan's figures, those of the stack where it was run as one runs it."""
+        return self.on_stack or self.baselines[0]
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Each by its name."""
+        return {each.name: getattr(self, each.name) for each in fields(Figures)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchResult(Figures):
+    """All that a search found: its figures, and what they are of.
+
+    Args:
+        request: what was asked.
+        budget: device memory, weights, overhead and what is left for the cache, at that context.
+        policy: the chosen plan.
+        policies: of the plan and of every baseline that has one, by its file.
         times: of the plan beside the uncompressed cache, measured, where it ran live on a GPU.
         untimed: why it ran there and was not timed; or None.
     """
 
     request: SearchRequest
     budget: MemoryPlan
-    front: tuple[FrontPoint, ...]
     policy: Policy
-    context_tokens: int
-    prompt_bytes: int
-    sequences: int
-    sequence_bytes: int
-    share: float
-    quality: Quality
-    predicted_quality: Quality
-    baselines: tuple[Baseline, ...]
     policies: dict[str, Policy]
-    memory: Estimate
-    latency: Estimate
-    prefill: Estimate
-    compression: Estimate
-    full_cache_sequences: int
-    full_cache_accuracy: Estimate | None = None
-    counters: dict[str, int] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    provenance: dict[str, Any] = field(default_factory=dict)
-    on_stack: Baseline | None = None
     times: Times | None = None
     untimed: str | None = None
-
-    @property
-    def plan(self) -> Baseline:
-        """The plan's figures, those of the stack where it was run as one runs it."""
-        return self.on_stack or self.baselines[0]
 
     @property
     def at_once(self) -> Estimate:
@@ -259,16 +269,8 @@ class SearchResult:
             "gpu": self.request.gpu.slug,
             "policy": PLAN_FILE,
             "budget": self.budget.as_dict(),
-            **{name: _plain(getattr(self, name)) for name in FIGURES},
+            **_plain(self.figures),
         }
-
-
-FIGURES = (
-    "front", "baselines", "quality", "predicted_quality", "memory", "latency", "prefill",
-    "compression", "context_tokens", "sequences", "sequence_bytes", "full_cache_sequences",
-    "prompt_bytes", "share", "full_cache_accuracy", "counters", "notes", "provenance", "on_stack",
-)  # fmt: skip
-"""What a result and its file have in common, by the same names."""
 
 
 def _plain(value: Any) -> Any:
@@ -280,76 +282,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(each) for each in value]
     return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-
-@dataclass(frozen=True)
-class StoredResult:
-    """``result.json``, under the names of ``SearchResult``; its policies are files beside it."""
-
-    front: tuple[FrontPoint, ...]
-    baselines: tuple[Baseline, ...]
-    quality: Quality
-    predicted_quality: Quality
-    memory: Estimate
-    latency: Estimate
-    prefill: Estimate
-    compression: Estimate
-    context_tokens: Count
-    sequences: Count
-    sequence_bytes: Count
-    full_cache_sequences: Whole
-    prompt_bytes: Whole
-    share: NotNegative
-    full_cache_accuracy: Estimate | None
-    counters: dict[str, Whole]
-    notes: tuple[str, ...]
-    provenance: dict[str, Any]
-    kvtune: Name
-    model: Name
-    gpu: Name
-    policy: Name
-    budget: dict[str, Any]
-    on_stack: Baseline | None = None
-
-    @property
-    def plan(self) -> Baseline:
-        """The plan's figures, those of the stack where it was run as one runs it."""
-        return self.on_stack or self.baselines[0]
-
-    @property
-    def study(self) -> str:
-        """Key of its question."""
-        return str(self.provenance.get("study", ""))
-
-    @property
-    def parameters(self) -> dict[str, Parameter]:
-        """Of the chosen plan."""
-        return next(point.parameters for point in self.front if point.chosen)
-
-    @staticmethod
-    def from_dict(plain: Any, where: str) -> StoredResult:
-        """What the JSON data says.
-
-        Raises:
-            KvtuneError: other keys or values than a search writes.
-        """
-        found = checked(StoredResult, plain, where, AGAIN)
-        if not found.baselines or sum(point.chosen for point in found.front) != 1:
-            raise KvtuneError("it names no plan", where=where, hint=AGAIN)
-        return found
-
-
-def read_result(path: Path) -> StoredResult:
-    """The result of a run directory.
-
-    Raises:
-        KvtuneError: it is not there, or damaged.
-    """
-    try:
-        return StoredResult.from_dict(read_json(path, AGAIN), str(path))
-    except KvtuneError as error:
-        raise KvtuneError(
-            f"this result is damaged, or of another version of kvtune ({error.message})",
-            where=str(path),
-            hint=AGAIN,
-        ) from error

@@ -5,16 +5,12 @@ A token's codes need no other token, but their rules are the formats' own: none 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from kvtune.policies.page_formats import is_blocks
+from kvtune.runtime.cache.backend import Writing
 from kvtune.runtime.kernels.reference_blocks import lay_blocks
-
-if TYPE_CHECKING:
-    from kvtune.runtime.cache.backend import Writing
 
 _CODED_AT_ONCE = 2**23
 """Numbers that are coded at once; what this takes beside them is some ten times as many bytes."""

@@ -24,6 +24,7 @@ from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.segments import CODED, GROWN, NOWHERE
 from kvtune.runtime.cache.sending import sent
 from kvtune.runtime.cache.token_bytes import Copies, token_at
+from kvtune.runtime.cache.watching import columns_of
 
 
 class CodedEvictor(Evictor):
@@ -54,7 +55,7 @@ class CodedEvictor(Evictor):
     def _columns_of(self, layer: PagedLayer) -> Tensor:
         """Where attention to each place is seen, ``[B, H, n]``: coded ones, then in 16 bits."""
         places = ((CODED, self.coded), (GROWN, self.window))
-        return torch.cat([layer.columns_of(kind, self._rows, n) for kind, n in places], -1)
+        return torch.cat([columns_of(layer, kind, self._rows, n) for kind, n in places], -1)
 
     def _let_one_go(self, layer: PagedLayer, gone: Tensor) -> None:
         """The token at a place ``[B, H, 1]`` of each head leaves the segment that it is in."""

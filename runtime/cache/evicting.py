@@ -31,6 +31,7 @@ from kvtune.runtime.cache.backend import Moves, Seen
 from kvtune.runtime.cache.leaving import leave
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.segments import GROWN, Ints, Leaving
+from kvtune.runtime.cache.watching import columns_of, weights_at
 
 
 def check_evicting(policy: Policy, head_dim: int) -> None:
@@ -162,11 +163,11 @@ class Evictor:
         if self._seen_by is not layer.paged:  # tables were laid out anew
             self._seen_by, self._columns = layer.paged, self._columns_of(layer)
         live = self.driver.state.live
-        self.driver.observe(layer.weights_at(self._columns, self._rows, live, seen))
+        self.driver.observe(weights_at(self._columns, self._rows, live, seen))
 
     def _columns_of(self, layer: PagedLayer) -> Tensor:
         """Where attention to each place is seen, ``[B, H, n]``."""
-        return layer.columns_of(GROWN, self._rows, self.driver.state.positions.shape[-1])
+        return columns_of(layer, GROWN, self._rows, self.driver.state.positions.shape[-1])
 
     def evict(self, layer: PagedLayer) -> None:
         """Let go of what must leave now, in the layer's pages too.

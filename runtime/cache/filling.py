@@ -107,7 +107,7 @@ class Filling:
             layer.ring = Ring(np.concatenate(self._places))
         if self._beside or self._laid:
             layer.beside = Beside(
-                self._beside, self._laid, head_dim, layer.pool, layer.backend.reads_packed
+                self._beside, self._laid, head_dim, layer.pool, layer.backend.has_kernels
             )
         layer.searched = self._searched
         layer.indexed = _joined(self._indexed)

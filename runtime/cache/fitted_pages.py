@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from kvtune.runtime.kernels.reference_signs import Kept, write_sign_pages
-
-if TYPE_CHECKING:
-    from kvtune.runtime.cache.backend import Writing
+from kvtune.runtime.cache.backend import Fitted, Writing
+from kvtune.runtime.kernels.reference_signs import SignRows, write_sign_pages
 
 _CODED_AT_ONCE = 2**23
 """Numbers of keys that are fitted at once; what this takes beside them is thirty times as many
 bytes."""
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """Tables that are fitted to all of a head's tokens.
-
-    Args:
-        cells: the first cell of each segment's, by the number of the segment.
-        weights: ``[segments, D]``, by which keys are multiplied before they are coded, and divided
-            where they are read; or None.
-    """
-
-    cells: Tensor
-    weights: Tensor | None = None
 
 
 def write_fitted(pool: Tensor, writing: Writing, fitted: Fitted) -> None:
@@ -50,8 +31,8 @@ def write_fitted(pool: Tensor, writing: Writing, fitted: Fitted) -> None:
         listed = (begin[some, None] + inside).clamp_max(len(chosen) - 1)
         at = head[some, None], chosen[listed]
         weights = None if fitted.weights is None else fitted.weights[segments[some]].float()
-        kept = Kept(writing.keys[at].float(), writing.values[at].float(), tokens[some], weights)
-        every, tables = write_sign_pages(kept, layout)
+        keys, values = writing.keys[at].float(), writing.values[at].float()
+        every, tables = write_sign_pages(SignRows(keys, values, tokens[some], weights), layout)
         own = which[mine]
         laid = every[own - start, (first[mine] - begin[own]) // layout.page_tokens]
         _put(cells, cell[mine], laid)

@@ -31,10 +31,11 @@ from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.reader import read_policy
 from kvtune.runtime.cache.answering import NAME, Answering
-from kvtune.runtime.cache.backend import PlainBackend, backend_type
+from kvtune.runtime.cache.attention import attention, padding_mask
+from kvtune.runtime.cache.backend import backend_type
 from kvtune.runtime.cache.evicting import check_evicting
-from kvtune.runtime.cache.layer import attention, padding_mask
 from kvtune.runtime.cache.placing import check_host, warn_of_slow_formats
+from kvtune.runtime.cache.plain_backend import PlainBackend
 from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.cache.selecting import check_reader
 from kvtune.runtime.cache.sentences import SentenceEnds, watch
@@ -95,7 +96,7 @@ def load_cache(
     register_attention(NAME, attention, padding_mask)
     require_same(model, geometry, NAME, _through_pages(model, geometry), stored_last=True)
     cache = PolicyCache(bound, geometry, new_tokens, evicts, residual, limit_bytes=limit_bytes)
-    warn_of_slow_formats(bound, geometry.head_dim, backend_type(model.device).reads_packed)
+    warn_of_slow_formats(bound, geometry.head_dim, backend_type(model.device).has_kernels)
     if bound.needs.calibration:
         cache.calibration = calibration_for(model, geometry, tokenizer)
     if bound.needs.learned:

@@ -1,12 +1,12 @@
 """One layer's cache in pages: each (sequence, KV head) with its own length and format.
 
 Life of a layer: ``store_prompts`` once for each row, ``seal`` once, then ``append`` and ``attend``
-for every new token; between steps ``reserve``, and what ``leaving.py`` gives back. A row is a
-(sequence, KV head); it has segments: what its option made of the prompt, and a growing one in 16
-bits with the prompt's exact tokens and new ones; with a residual window also a settled one, of new
-tokens that became old and took the option's format. Entries leave a growing segment alone, and its
-last ones take their places: attention knows no order. Rows that evict from fewer bits
-(``coded_evicting``) also let entries leave the first one, which then grows too.
+for every new token; between steps ``reserving.py`` takes pages and ``leaving.py`` gives them back.
+A row is a (sequence, KV head); it has segments: what its option made of the prompt, and a growing
+one in 16 bits with the prompt's exact tokens and new ones; with a residual window also a settled
+one, of new tokens that became old and took the option's format. Entries leave a growing segment
+alone, and its last ones take their places: attention knows no order. Rows that evict from fewer
+bits (``coded_evicting``) also let entries leave the first one, which then grows too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from kvtune.policies.option import Option
-from kvtune.policies.page_formats import BF16_PAGE, PAGE
 from kvtune.policies.pages import PageLayout
 from kvtune.policies.placement import chooses_entries, pages_of
 from kvtune.policies.reader import BlockReader
@@ -35,7 +34,6 @@ from kvtune.runtime.cache.segments import (
     NOWHERE,
     SETTLED,
     Ints,
-    runs,
 )
 from kvtune.runtime.cache.selecting import Indexed, Selection
 from kvtune.runtime.cache.sending import sent
@@ -144,7 +142,7 @@ class PagedLayer:
             made.segments.places, segments, self.tables_at[GROWN], *ring,
         ]  # fmt: skip
         pages_at, lengths, records, *others = sent(host, self.pool.memory.device)
-        self._entries, self._places, *growing = others
+        self._entries, self.columns, *growing = others
         self.growing = Growing(*growing)
         self._keep_counted(lengths)
         self._paged = Paged(
@@ -178,38 +176,6 @@ class PagedLayer:
         self.selections = [
             Selection.of(part, cells, starts, self.layouts[part.rows[0]]) for part in parts
         ]
-
-    def reserve(self, tokens: int) -> None:
-        """Give every row pages for so many more tokens. Changes tables in place, if they have room.
-
-        Raises:
-            KvtuneError: the pool is full.
-        """
-        ends = np.minimum(self.lengths[GROWN] + tokens, self.most)
-        wanted = -(-np.where(self.evicts_coded, self.window, ends) // BF16_PAGE) * ~self.ended
-        if wanted.max() > self.paged.growing_pages:
-            self.seal(2 * BF16_PAGE * int(wanted.max()))
-        have = np.array([len(cells) for cells in self.pages[GROWN]])
-        rows = np.flatnonzero(wanted > have)
-        if len(rows):
-            more = wanted[rows] - have[rows]
-            cells = self.take(GROWN * self.rows + rows, more, self.growing_layout)
-            self.write_table(runs(more, self.tables_at[GROWN, rows] + have[rows]), cells)
-        if self.evicts_coded.any():
-            self._reserve_coded(tokens)
-
-    def _reserve_coded(self, tokens: int) -> None:
-        """The same of the pages that rows evict from; new ones hold zeros, no other's bytes."""
-        have = self.page_counts()[CODED]
-        ends = np.minimum(self.lengths[CODED] + tokens, self.most)
-        more = np.where(self.evicts_coded & ~self.ended, -(-ends // PAGE) - have, 0).clip(0)
-        for layout in dict.fromkeys(self.layouts[row] for row in np.flatnonzero(more)):
-            rows = np.array([n for n in np.flatnonzero(more) if self.layouts[n] == layout])
-            cells = self.take(CODED * self.rows + rows, more[rows], layout)
-            self.write_table(runs(more[rows], self.tables_at[CODED, rows] + have[rows]), cells)
-            every = cells[:, None] + np.arange(layout.page_cells)
-            (fresh,) = sent([every.ravel()], self.pool.memory.device)
-            self.pool.memory.view(-1, layout.cell_bytes).index_fill_(0, fresh.long(), 0)
 
     def write_table(self, at: Ints, cells: Ints) -> None:
         """Set entries of the page table, in place."""
@@ -248,43 +214,9 @@ class PagedLayer:
         output = self.backend.attend(q, self.paged, scratch, scale, Seen(lse))
         if self.host is not None:
             output, lse = self.host.finish(q, (output, lse), scratch, scale)
-        return self._with_beside(q, output, lse, scale)
+        return self.with_beside(q, output, lse, scale)
 
-    def attend_seeing(self, q: Tensor, scratch: Scratch, scale: float) -> tuple[Tensor, Seen]:
-        """The same, and what it looked at; see ``weights_at``."""
-        rows, group, _ = q.shape
-        logits = q.new_empty(group, self._seen_width, dtype=torch.float32)
-        seen = Seen(q.new_empty(rows, group, dtype=torch.float32), logits)
-        output = self.backend.attend(q, self.paged, scratch, scale, seen)
-        return self._with_beside(q, output, seen.lse, scale), seen
-
-    @property
-    def _seen_width(self) -> int:
-        """Columns of logits: few widths, since kernels are compiled for one."""
-        return 1 << int(self.places[-1]).bit_length()
-
-    def columns_of(self, kind: int, rows: Tensor, places: int) -> Tensor:
-        """Where ``seen.logits`` has the first places of rows' segments of a kind, until the next
-        ``seal``: ``[*rows, places]`` int64 of int64 rows."""
-        place = torch.arange(places, device=rows.device)
-        columns = self._places[kind * self.rows + rows][..., None] + place
-        return columns.clamp_max(self._seen_width - 1)
-
-    def weights_at(self, columns: Tensor, rows: Tensor, real: Tensor, seen: Seen) -> Tensor:
-        """Attention at columns of rows, ``[*rows, G, places]`` float32.
-
-        Args:
-            columns: of ``columns_of``, ``[*rows, places]``.
-            rows: int64.
-            real: places that hold a token, likewise; elsewhere weights are zero.
-            seen: of ``attend_seeing``.
-        """
-        if seen.logits is None:
-            raise RuntimeError("nobody asked for logits")
-        logits = seen.logits[:, columns].movedim(0, -2)
-        return (logits - seen.lse[rows][..., None]).exp().where(real[..., None, :], 0)
-
-    def _with_beside(self, q: Tensor, output: Tensor, lse: Tensor, scale: float) -> Tensor:
+    def with_beside(self, q: Tensor, output: Tensor, lse: Tensor, scale: float) -> Tensor:
         """Attention over pages, joined to that over what lies beside them."""
         if self.searched:
             found = [each.attend(q, scale) for each in self.searched]

@@ -7,20 +7,17 @@ twenty operations a page.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kvtune.policies.page_formats import BF16_PAGE
 from kvtune.policies.pages import PageLayout
+from kvtune.runtime.cache.backend import Growing, Seen
 from kvtune.runtime.cache.page_map import Pages, pages_at
 from kvtune.runtime.kernels.launch import Paged, Seating
 from kvtune.runtime.kernels.reference import read_pages
 from kvtune.runtime.kernels.reference_signs import read_sign_pages
-
-if TYPE_CHECKING:
-    from kvtune.runtime.cache.backend import Growing, Seen
 
 
 def attend_pages(q: Tensor, layer: Paged, scale: float, seen: Seen | None) -> Tensor:

@@ -21,7 +21,7 @@ from kvtune.policies.paging import Growth
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Signals
 from kvtune.runtime.cache.answering import Answering
-from kvtune.runtime.cache.backend import Backend, TritonBackend, backend_for
+from kvtune.runtime.cache.backend import Backend, backend_for
 from kvtune.runtime.cache.beside import Shared
 from kvtune.runtime.cache.foreseen import cells_for
 from kvtune.runtime.cache.host_pool import HostPool
@@ -29,6 +29,8 @@ from kvtune.runtime.cache.host_rows import Landing
 from kvtune.runtime.cache.layer import CacheLayer
 from kvtune.runtime.cache.limit import LimitedPool, check_limit
 from kvtune.runtime.cache.paged_layer import PagedLayer
+from kvtune.runtime.cache.pool import PoolFullError
+from kvtune.runtime.cache.reserving import reserve
 from kvtune.runtime.cache.sentences import SentenceEnds
 from kvtune.runtime.cache.settling import settle
 from kvtune.runtime.kernels.launch import Scratch
@@ -200,8 +202,8 @@ class PolicyCache(Cache):  # type: ignore[misc]
         """Pages for so many more tokens of a layer's rows; a full pool grows."""
         try:
             settle(layer)
-            layer.reserve(tokens)
-        except KvtuneError:
+            reserve(layer, tokens)
+        except PoolFullError:
             if self.captured:
                 raise
             growing = layer.growing_layout
@@ -241,7 +243,7 @@ class PolicyCache(Cache):  # type: ignore[misc]
         read = [layer.paged for layer in self.layers if hasattr(layer, "paged")]
         dense = all(each.beside is None or each.beside.is_dense for each in read)
         dense = dense and not any(each.searched for each in read)
-        return dense and isinstance(self.backend, TritonBackend) and not self.evicts
+        return dense and self.backend.has_kernels and not self.evicts
 
     def prompt_bytes(self) -> int:
         """Bytes of the compressed prompts, as formats count them."""

@@ -20,6 +20,10 @@ from kvtune.policies.slabs import SLAB_CELLS
 Cells = NDArray[np.int64]
 
 
+class PoolFullError(KvtuneError):
+    """More pages were asked for than there is memory for; whoever owns the pool may extend it."""
+
+
 class PageMemory(Protocol):
     """Where a layer's pages lie, and who gives them out."""
 
@@ -62,7 +66,7 @@ class Pool:
         """First cells of ``count`` pages.
 
         Raises:
-            KvtuneError: the pool is full.
+            PoolFullError: there are not so many.
         """
         free = self._free_pages.get(page_cells, np.zeros(0, np.int64))
         a_slab = SLAB_CELLS // page_cells
@@ -109,7 +113,7 @@ class Pool:
 
     def _open(self, slabs: int, page_cells: int) -> Cells:
         if slabs > len(self._free_slabs):
-            raise KvtuneError(
+            raise PoolFullError(
                 f"the cache's pool of {format_bytes(self.memory.numel())} is full",
                 hint="free a sequence, or make the cache for more tokens.",
             )

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvtune.policies.signals import Signals
-from kvtune.runtime.cache.backend import TritonBackend
 
 if TYPE_CHECKING:
     from kvtune.runtime.cache.policy_cache import PolicyCache
@@ -60,7 +59,7 @@ def signals_of(
     """
     q, k, v = prompts
     needs, sums, tokens = cache.needs, torch.empty(len(q), 0), k.shape[2]
-    if needs.column_sums and isinstance(cache.backend, TritonBackend):
+    if needs.column_sums and cache.backend.has_kernels:
         needs, sums = replace(needs, column_sums=False), column_sums(q, k, scale)
     count = _asked_at_once(cache, layer, tokens)
     if count > 1:  # queries that nobody looks at need not be copied

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvtune.policies.pages import PageLayout, exact_among
-from kvtune.runtime.cache.backend import Writing
-from kvtune.runtime.cache.fitted_pages import Fitted
+from kvtune.runtime.cache.backend import Fitted, Writing
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.segments import CODED, GROWN, NO_END, SETTLED, Ints, runs
 from kvtune.runtime.cache.sending import sent

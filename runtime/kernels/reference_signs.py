@@ -23,7 +23,7 @@ _HALF = PAGE // 2
 
 
 @dataclass(frozen=True)
-class Kept:
+class SignRows:
     """Tokens of several heads on their way into pages of signs.
 
     Args:
@@ -39,14 +39,14 @@ class Kept:
     weights: Tensor | None = None
 
 
-def write_sign_pages(kept: Kept, layout: PageLayout) -> tuple[Tensor, Tensor]:
+def write_sign_pages(rows: SignRows, layout: PageLayout) -> tuple[Tensor, Tensor]:
     """Bytes of pages ``[R, pages, page_bytes]`` and of tables ``[R, cells of them * 4 D]``."""
-    keys = kept.keys if kept.weights is None else kept.keys * kept.weights[:, None]
-    key_mean, key_codes = _form(layout.keys, layout.head_dim).coded_rows(keys, kept.counts)
+    keys = rows.keys if rows.weights is None else rows.keys * rows.weights[:, None]
+    key_mean, key_codes = _form(layout.keys, layout.head_dim).coded_rows(keys, rows.counts)
     value_mean, value_codes = _form(layout.values, layout.head_dim).coded_rows(
-        kept.values, kept.counts
+        rows.values, rows.counts
     )
-    weights = 1.0 if kept.weights is None else kept.weights
+    weights = 1.0 if rows.weights is None else rows.weights
     key_signs = _Signs.of(key_codes, sign_bytes(layout.keys, layout.head_dim))
     value_signs = _Signs.of(value_codes, sign_bytes(layout.values, layout.head_dim))
     amounts = (key_codes.steps[:, 0].float() / weights).gather(1, key_signs.channel)

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from kvtune.policies.parts import Part
 from kvtune.policies.signals import Signals
-from kvtune.runtime.cache.backend import Backend, Writing
-from kvtune.runtime.cache.fitted_pages import Fitted
+from kvtune.runtime.cache.backend import Backend, Fitted, Writing
 from kvtune.runtime.cache.segments import CODED, Ints
 from kvtune.runtime.cache.sending import sent
 from kvtune.runtime.cache.storing import fp8_scales, is_coded

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.signals import Signals
-from kvtune.runtime.cache.backend import Backend, TritonBackend, backend_for
+from kvtune.runtime.cache.backend import Backend, backend_for
 from kvtune.runtime.cache.reading import column_sums
 from kvtune.runtime.cache.sending import sent
 from kvtune.runtime.serving.blocks import PlannedBlocks
@@ -224,7 +224,7 @@ class Running:
     @property
     def _sums(self) -> bool:
         """Whether what each key draws is counted while a prompt is read, by a kernel."""
-        return self.needs.column_sums and isinstance(self.backend, TritonBackend)
+        return self.needs.column_sums and self.backend.has_kernels
 
     def _generate(
         self, layer: int, qkv: tuple[Tensor, ...], places: Tensor | slice, out: Tensor, scale: float

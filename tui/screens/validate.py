@@ -124,13 +124,19 @@ class ValidateScreen(ModalScreen[None]):
 
 
 def model_of(selected: Selected) -> str:
-    """What the search was asked to load: a path where it was one."""
-    try:
-        asked = read_json(selected.study.folder / "config.json")
-    except KvtuneError:
-        asked = None
+    """What the search was asked to load: a path where it was one; by name where nobody knows.
+
+    Raises:
+        KvtuneError: the question is there and damaged: the model of that name may be another.
+    """
+    path = selected.study.folder / "config.json"
+    if not path.is_file():
+        return selected.study.facts.shape.name
+    asked = read_json(path)
     named = asked.get("model") if isinstance(asked, dict) else None
-    return named if isinstance(named, str) else selected.study.facts.shape.name
+    if not isinstance(named, str):
+        raise KvtuneError("names no model", where=str(path), hint="run the same search again.")
+    return named
 
 
 def words_of(selected: Selected, found: Measured) -> str:

@@ -16,7 +16,7 @@ from kvtune.tuner.explore.measured import read_measured
 from kvtune.tuner.explore.missing import no_study
 from kvtune.tuner.explore.plans import AGAIN, Plans, columns, read_lines
 from kvtune.tuner.explore.study import State, Study
-from kvtune.tuner.result import StoredResult, read_result
+from kvtune.tuner.stored_result import StoredResult, read_result
 
 _SILENCE_S = 300  # a search that wrote nothing for so long is taken as stopped
 

@@ -27,7 +27,8 @@ from kvtune.simulator.model_facts import model_facts
 from kvtune.tuner.explore.facts import EACH, Facts
 from kvtune.tuner.explore.measured import Measured
 from kvtune.tuner.explore.plans import Plan, Plans
-from kvtune.tuner.result import Baseline, StoredResult
+from kvtune.tuner.result import Baseline
+from kvtune.tuner.stored_result import StoredResult
 
 State = Literal["running", "finished", "stopped"]
 
