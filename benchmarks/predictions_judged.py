@@ -333,8 +333,8 @@ def alike(off: Array) -> float:
     return round(float((off[:, 1:] * off[:, :-1]).mean() / (off**2).mean()), 3)
 
 
-def held_by_chance(shares: int, runs: int, correlation: float) -> tuple[float, float]:
-    """Which share of a kind's plans right 80 % intervals hold, 5th and 95th percentile.
+def held_by_chance(shares: int, runs: int, correlation: float) -> Array:
+    """Which share of a kind's plans right 80 % intervals hold, ``[draws]``.
 
     Plans of one share of the bytes are nearly one plan and count as one; neighbouring shares, which
     run on the same texts, err alike.
@@ -344,9 +344,7 @@ def held_by_chance(shares: int, runs: int, correlation: float) -> tuple[float, f
         fresh = rng.normal(size=(20_000, runs))
         kept = correlation if number else 0.0
         off.append(kept * (off[-1] if number else 0.0) + np.sqrt(1 - kept**2) * fresh)
-    held = (np.abs(off) <= norm.ppf(0.9)).mean((0, 2))
-    low, high = np.percentile(held, [5, 95])
-    return float(low), float(high)
+    return np.asarray((np.abs(off) <= norm.ppf(0.9)).mean((0, 2)))
 
 
 def held_of_each_kind(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -356,14 +354,16 @@ def held_of_each_kind(found: Mapping[str, Any]) -> dict[str, Any]:
     shares, runs = len(each[0][kinds[0]]), len(each)
     correlation = float(np.mean([run["shares of a kind err alike"] for run in each]))
     one, all_ = (held_by_chance(shares, count, correlation) for count in (1, runs))
+    within = ((all_ >= 0.75) & (all_ <= 0.9)).mean()
     return {
         "by kind": {
             kind: round(float(np.mean([run["within 80 % interval"][kind] for run in each])), 3)
             for kind in kinds
         },
         "shares of a kind err alike": round(correlation, 3),
-        "a right interval would hold, 5 to 95 %": [round(end, 3) for end in all_],
-        "of a kind on one run": [round(end, 3) for end in one],
+        "a right interval would hold, 5 to 95 %": np.percentile(all_, [5, 95]).round(3).tolist(),
+        "of a kind on one run": np.percentile(one, [5, 95]).round(3).tolist(),
+        "all kinds within 75 to 90 % by right intervals": round(float(within ** len(kinds)), 3),
     }
 
 
