@@ -21,29 +21,30 @@ import numpy as np
 from numpy.typing import NDArray
 from predictions_judged import (
     ASKED,
-    EVICTING,
     SHARES,
     Recorded,
-    believed_curve,
+    believed_curves,
     by_chance,
+    left_when_judging,
     plans_by_share,
     read,
 )
 
 from kvtune.common.files import write_json
 from kvtune.simulator.quality.calibration import Calibration
-from kvtune.tuner.refine import KIND_TEXTS, TRUST
+from kvtune.simulator.quality.levels import KIND_TEXTS, TRUST
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = (
     "predictions-2-h200.json",
     "predictions-levels-h200.json",
+    "predictions-levels-middle-smollm2-h200.json",
+    "predictions-levels-short-smollm2-h200.json",
+    "predictions-levels-short-gemma-3-270m-h200.json",
     "predictions-middle-smollm2-h200.json",
     "predictions-short-smollm2-h200.json",
     "predictions-short-gemma-3-270m-h200.json",
 )
-ALIKE = frozenset(RUNS[:2])
-"""Runs of one model at one length, which share texts: neither is judged by the other."""
 PROBES = "probes"
 
 
@@ -122,7 +123,7 @@ def moved(way: Way, levels: dict[str, float], kind: str, texts: int) -> float:
 
 def judged(run: Recorded, others: Sequence[Recorded]) -> dict[str, Any]:
     """All ways on one run."""
-    calibration = Calibration({regime: believed_curve(others, regime) for regime in EVICTING})
+    calibration = Calibration(believed_curves(others))
     everything = seen_at(run, calibration)
     texts = {kind: len(run.ids("plans", kind, "select")) for kind in run.kinds}
     found: dict[str, Any] = {}
@@ -153,12 +154,8 @@ def main() -> None:
     arguments = parser.parse_args()
     files = [RESULTS / name for name in RUNS if (RESULTS / name).is_file()]
     runs = {file.name: read(file, PROBES) for file in files}
-    found = {
-        name: judged(
-            run, [o for other, o in runs.items() if other != name and not {name, other} <= ALIKE]
-        )
-        for name, run in runs.items()
-    }
+    each = list(runs.values())
+    found = {name: judged(run, left_when_judging(run, each)) for name, run in runs.items()}
     write_json(arguments.out, found)
     print(json.dumps(found, indent=1))
 

@@ -24,10 +24,13 @@ import quality_pages
 import stand_in_pages
 from page_tables import HERE, result, table
 from predictions_pages import (
+    FEW,
     GEMMA,
     LONG,
+    MORE,
     RUNS,
     SMALL,
+    held_by_kind,
     levels,
     ranks,
     refined,
@@ -42,7 +45,7 @@ MEASURED = (
     "task-scores-h200.json", "stand-in-gemma-3-270m.json",
     "stand-in-families-gemma-3-270m-h200.json",
 )  # fmt: skip
-MORE, TWICE = "predictions-judged-levels.json", "predictions-levels-h200"
+TWICE = "predictions-levels-h200"
 ALONE, EACH = "predictions-judged-alone.json", "predictions-judged.json"
 _BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 _SCREEN = re.compile(r"```\n\d+ prompts? of .*?```", re.DOTALL)
@@ -83,10 +86,11 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "levels-alone": lambda: levels(ALONE, LONG, "calibrated on other kinds"),
     "levels-gemma": lambda: levels(EACH, GEMMA, "calibrated on SmolLM2"),
     "levels-short": lambda: levels(EACH, SMALL, "calibrated on Gemma and on longer prompts"),
-    "rounds": rounds,
+    "rounds": lambda: rounds(FEW),
     "ranks": ranks,
-    "levels-more": lambda: levels(MORE, TWICE, "calibrated on other runs"),
+    "levels-more": lambda: levels(EACH, TWICE, "calibrated on other runs"),
     "rounds-more": lambda: rounds(MORE),
+    "held-by-kind": held_by_kind,
     "ranking-ways": ways,
     "all-methods": policy_pages.all_methods,
     "claims": policy_pages.claims,

@@ -1,14 +1,15 @@
 """Judges what ``predictions.py`` recorded, and fits the calibration that the package ships.
 
-    cd benchmarks/results && python ../predictions_judged.py predictions-2-h200.json \
-        --fitted-on predictions-short-gemma-3-270m-h200.json predictions-short-smollm2-h200.json \
+    cd benchmarks/results && python ../predictions_judged.py \
+        predictions-2-h200.json --fitted-on predictions-{levels,short,middle}*-h200.json \
         --probes probes --each --out predictions-judged.json --fit ../../tuner/data/calibration.json
 
 Every figure about a kind of text is of a calibration that was fitted on the other kinds alone, or,
-with ``--fitted-on RECORDED...``, on other runs, of other models or other lengths. ``after rounds``
-is what a search prints where the weights are at hand: the four plans of a share run on the
-selection samples, their level moves the calibration, and the plan that loses least there is
-printed; it is judged on the evaluation samples, on each kind of text and over all of them.
+with ``--fitted-on RECORDED...``, on runs of other models or other lengths: runs of one model at one
+length share texts, and none is judged by another. ``after rounds`` is what a search prints where
+the weights are at hand: the four plans of a share run on the selection samples, their level moves
+the calibration, and the plan that loses least there is printed; it is judged on the evaluation
+samples, on each kind of text and over all of them.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,19 @@ from scipy.stats import norm, spearmanr
 from kvtune.common.files import write_json
 from kvtune.simulator.quality.calibration import (
     ASKED,
+    AfterRounds,
     Calibration,
     Curve,
     Regime,
+    conformal,
     fit_curve,
     fit_left_out,
     regime_of,
     thinned,
     write_calibration,
 )
-from kvtune.tuner.refine import apart_of, level_of
+from kvtune.simulator.quality.levels import Seen, levels_of, usual_spread
+from kvtune.tuner.quality import mean_over_kinds
 
 Array = NDArray[np.float64]
 SHARES = (0.03, 0.06, 0.12, 0.25)
@@ -67,6 +71,12 @@ class Recorded:
 
     data: dict[str, Any]
     probes: str
+    model: str = "smollm2-135m"
+
+    @property
+    def setting(self) -> tuple[str, int]:
+        """The model and the prompt's length: runs that have these in common share texts."""
+        return self.model, self.prompt_tokens
 
     @property
     def kinds(self) -> list[str]:
@@ -126,7 +136,7 @@ def quantised(recorded: Recorded) -> Pairs:
 
 
 def curve_of(runs: Sequence[Pairs]) -> Curve:
-    """The curve of some runs: of several, a run is what is left out to see how far others lie.
+    """The curve of some settings: of several, one is left out to see how far others lie.
 
     Then half of what they show is believed of another model: of the shares 0, 0.25, 0.5, 0.75 and
     1 it is the one whose intervals hold as often as they say on each run that was left out.
@@ -140,18 +150,34 @@ def curve_of(runs: Sequence[Pairs]) -> Curve:
 
 def fitted(runs: Sequence[Recorded]) -> Calibration:
     """What the package ships, or what other runs say of one that is left out."""
-    left = levelled_residuals(runs)
+    settings = by_setting(runs)
     curves: dict[Regime, Curve] = {
-        regime: replace(
-            curve_of([plans_of(run, kinds_of(run, regime)) for run in runs]),
-            levelled_residuals={n: thinned(values) for n, values in left[regime].items()},
-        )
+        regime: curve_of([joined(plans_of(run, kinds_of(run, regime)) for run in some)
+                          for some in settings])
         for regime in EVICTING
-    }
-    if stored := [pairs for run in runs if (pairs := quantised(run)).live]:
+    }  # fmt: skip
+    if stored := [pairs for some in settings if (pairs := joined(map(quantised, some))).live]:
         curves = {"quantising": curve_of(stored), **curves}
     count = sum(len(run.data["plans"]) * len(run.ids("plans")) for run in runs)
-    return Calibration(curves, runs=count)
+    return Calibration(curves, seen_after_rounds(runs), runs=count)
+
+
+def by_setting(runs: Sequence[Recorded]) -> list[list[Recorded]]:
+    """The runs of each model and length."""
+    found: dict[tuple[str, int], list[Recorded]] = {}
+    for run in runs:
+        found.setdefault(run.setting, []).append(run)
+    return list(found.values())
+
+
+def joined(runs: Iterable[Pairs]) -> Pairs:
+    """Several runs' as one."""
+    found = Pairs()
+    for each in runs:
+        found.predicted += each.predicted
+        found.live += each.live
+        found.texts += each.texts
+    return found
 
 
 def kinds_of(recorded: Recorded, regime: Regime) -> list[str]:
@@ -159,27 +185,50 @@ def kinds_of(recorded: Recorded, regime: Regime) -> list[str]:
     return [kind for kind in recorded.kinds if regime_of(kind, evicts=True) == regime]
 
 
-def levelled_residuals(runs: Sequence[Recorded]) -> dict[Regime, dict[int, list[float]]]:
-    """Logarithms of live over printed after rounds, each run by curves of the others.
+def seen_after_rounds(runs: Sequence[Recorded]) -> AfterRounds:
+    """How far plans lay off after rounds, each run by curves and the spread of other settings."""
+    sizes: list[float] = []
+    for run in runs:
+        if others := left_when_judging(run, runs):
+            by = Calibration(believed_curves(others), AfterRounds(spread_of(others)))
+            for rows in plans_by_share(run):
+                for ratios, deviations in after_rounds(run, by, rows).by_kind.values():
+                    sizes += np.abs(np.log(ratios) / deviations).tolist()
+    return AfterRounds(spread_of(runs), thinned(sizes))
 
-    By the length of the run's prompts: short samples observe fewer tokens, and scatter more.
-    """
-    found: dict[Regime, dict[int, list[float]]] = {regime: {} for regime in EVICTING}
-    for run in runs if len(runs) > 1 else ():
-        others = [other for other in runs if other is not run]
-        curves = {regime: believed_curve(others, regime) for regime in EVICTING}
-        for rows in plans_by_share(run):
-            for kind, ratio in after_rounds(run, Calibration(curves), rows).by_kind.items():
-                left = found[regime_of(kind, evicts=True)].setdefault(run.prompt_tokens, [])
-                left += np.log(ratio).tolist()
+
+def left_when_judging(run: Recorded, runs: Sequence[Recorded]) -> list[Recorded]:
+    """The runs that share no text with one."""
+    return [other for other in runs if other.setting != run.setting]
+
+
+def spread_of(runs: Sequence[Recorded]) -> float:
+    """What texts of a kind differ by on some runs, in logarithms of live over predicted."""
+    groups = [
+        [seen_of(run, Calibration(), split, int(plan)) for plan in rows]
+        for run in runs
+        for rows in plans_by_share(run)
+        for split in SPLITS
+    ]
+    return usual_spread(groups)
+
+
+def seen_of(recorded: Recorded, by: Calibration, split: str, plan: int) -> Seen:
+    """One plan on the samples of a split, as a search sees what it runs."""
+    ids = recorded.ids("plans", split=split)
+    kinds = tuple(recorded.data["samples"][each]["kind"] for each in ids)
+    names = f"{recorded.probes}, all", "live"
+    predicted, live = (recorded.array("plans", ids, name)[:, plan] for name in names)
+    return Seen(kinds, by.applied(predicted, kinds, evicts=True), live)
+
+
+def believed_curves(runs: Sequence[Recorded]) -> dict[Regime, Curve]:
+    """What runs show of each regime of evicting, as far as it is believed of another."""
+    found: dict[Regime, Curve] = {}
+    for regime in EVICTING:
+        each = joined(plans_of(run, kinds_of(run, regime)) for run in runs)
+        found[regime] = fit_curve(each.predicted, each.live).believed(BELIEVED)
     return found
-
-
-def believed_curve(runs: Sequence[Recorded], regime: Regime) -> Curve:
-    """What runs show, as far as it is believed of another."""
-    each = [plans_of(run, kinds_of(run, regime)) for run in runs]
-    predicted = [x for pairs in each for x in pairs.predicted]
-    return fit_curve(predicted, [y for pairs in each for y in pairs.live]).believed(BELIEVED)
 
 
 def plans_by_share(recorded: Recorded) -> list[NDArray[np.int64]]:
@@ -192,76 +241,130 @@ class Rounds:
     """Plans of one share on evaluation samples, when they have run on the selection samples.
 
     Args:
-        by_kind: live over printed, ``[plans]``, of each kind of text.
+        by_kind: live over printed and the deviation that is expected of its logarithm, ``[plans]``
+            each, of each kind of text.
         over_kinds: the same of the mean over kinds.
-        by_curves: the same before the rounds moved what is printed.
+        by_curves: live over what was printed before the rounds, of the mean over kinds.
         best: which of the plans lost least on the selection samples.
     """
 
-    by_kind: dict[str, Array]
-    over_kinds: Array
+    by_kind: dict[str, tuple[Array, Array]]
+    over_kinds: tuple[Array, Array]
     by_curves: Array
     best: int
 
 
 def after_rounds(recorded: Recorded, calibration: Calibration, rows: NDArray[np.int64]) -> Rounds:
     """What rounds with the plans of one share come to."""
-
-    def losses(split: str, by: Calibration) -> tuple[dict[str, Array], dict[str, Array]]:
-        pairs = {kind: recorded.pair("plans", kind, split) for kind in recorded.kinds}
-        printed = {
-            kind: np.array([by.value(each, kind, evicts=True) for each in x[rows]])
-            for kind, (x, _) in pairs.items()
-        }
-        return printed, {kind: y[rows] for kind, (_, y) in pairs.items()}
-
-    expected, seen = losses("select", calibration)
-    each = range(len(rows))
-    pairs = [(plan_of(expected, plan), plan_of(seen, plan)) for plan in each]
-    texts = {kind: len(recorded.ids("plans", kind, "select")) for kind in recorded.kinds}
-    levelled = calibration.levelled(
-        level_of(pairs), len(rows), recorded.prompt_tokens, apart_of(pairs, texts)
+    seen = [seen_of(recorded, calibration, "select", int(plan)) for plan in rows]
+    levels = levels_of(seen, calibration.after_rounds.spread)
+    assert levels is not None
+    levelled = calibration.levelled(levels, len(rows))
+    before, after = (
+        [means_of(recorded, by, "evaluate", int(plan)) for plan in rows]
+        for by in (calibration, levelled)
     )
-    printed, live = losses("evaluate", levelled)
-    alone, _ = losses("evaluate", calibration)
-    total = np.sum(list(live.values()), 0)
+    live = [lives for _, lives in after]
+    texts = {kind: len(recorded.ids("plans", kind, "evaluate")) for kind in recorded.kinds}
+
+    def judged_on(kinds: Sequence[str]) -> tuple[Array, Array]:
+        printed = [{kind: means[kind] for kind in kinds} for means, _ in after]
+        ratios = [mean_of(y, kinds) / mean_of(x, kinds) for x, y in zip(printed, live, strict=True)]
+        return np.array(ratios), np.array([levels.deviation(each, texts) for each in printed])
+
     return Rounds(
-        {kind: live[kind] / printed[kind] for kind in recorded.kinds},
-        total / np.sum(list(printed.values()), 0),
-        total / np.sum(list(alone.values()), 0),
-        int(np.sum(list(seen.values()), 0).argmin()),
+        {kind: judged_on([kind]) for kind in recorded.kinds},
+        judged_on(recorded.kinds),
+        np.array([mean_of(y, recorded.kinds) / mean_of(x, recorded.kinds) for x, y in before]),
+        int(np.argmin([mean_over_kinds(one.live, one.kinds) for one in seen])),
     )
 
 
-def plan_of(losses: dict[str, Array], plan: int) -> dict[str, float]:
-    """One plan's losses by kind of text."""
-    return {kind: float(values[plan]) for kind, values in losses.items()}
+def means_of(
+    recorded: Recorded, by: Calibration, split: str, plan: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """One plan's calibrated and live losses by kind of text, nats/token."""
+    seen = seen_of(recorded, by, split, plan)
+    pairs = {kind: seen.of(kind) for kind in recorded.kinds}
+    return (
+        {kind: float(x.mean()) for kind, (x, _) in pairs.items()},
+        {kind: float(y.mean()) for kind, (_, y) in pairs.items()},
+    )
+
+
+def mean_of(losses: Mapping[str, float], kinds: Sequence[str]) -> float:
+    """The mean over some kinds."""
+    return float(np.mean([losses[kind] for kind in kinds]))
 
 
 def printed(recorded: Recorded, other: Calibration) -> dict[str, Any]:
     """What a search prints after live rounds, held against live runs on evaluation samples."""
     names = "over kinds, chosen plan", "the same by the curves alone", "over kinds, median"
     found: dict[str, Any] = {name: {} for name in (*names, *recorded.kinds)}
-    inside: dict[str, list[bool]] = {name: [] for name in ("over kinds", *recorded.kinds)}
-    calibration = other.levelled(0.0, 0, recorded.prompt_tokens)
-    reach = {kind: calibration.curve(kind, True).scatter(0.8)[1] for kind in recorded.kinds}
+    off: dict[str, list[Array]] = {name: [] for name in ("over kinds", *recorded.kinds)}
+    wide: dict[str, list[float]] = {name: [] for name in off}
+    times = conformal(other.after_rounds.sizes, 0.8)
     for rows in plans_by_share(recorded):
         rounds = after_rounds(recorded, other, rows)
-        chosen = float(rounds.over_kinds[rounds.best])
-        three = chosen, float(rounds.by_curves[rounds.best]), np.median(rounds.over_kinds)
-        medians = {kind: np.median(ratios) for kind, ratios in rounds.by_kind.items()}
-        for name, ratio in {**dict(zip(names, three, strict=True)), **medians}.items():
-            found[name][f"{recorded.shares[rows[0]]:.1%}"] = round(float(ratio), 3)
-        inside["over kinds"] += held(rounds.over_kinds, float(np.mean(list(reach.values()))))
-        for kind, ratios in rounds.by_kind.items():
-            inside[kind] += held(ratios, reach[kind])
+        everywhere = {"over kinds": rounds.over_kinds, **rounds.by_kind}
+        chosen = float(rounds.over_kinds[0][rounds.best])
+        two = chosen, float(rounds.by_curves[rounds.best])
+        medians = {name: float(np.median(ratios)) for name, (ratios, _) in everywhere.items()}
+        medians[names[2]] = medians.pop("over kinds")
+        for name, ratio in {**dict(zip(names, two, strict=False)), **medians}.items():
+            found[name][f"{recorded.shares[rows[0]]:.1%}"] = round(ratio, 3)
+        for name, (ratios, deviations) in everywhere.items():
+            off[name].append(np.log(ratios) / deviations)
+            wide[name] += np.exp(times * deviations).tolist()
     found["within 80 % interval"] = {
-        name: round(float(np.mean(each)), 3) for name, each in inside.items()
+        name: round(float(np.mean(np.abs(np.concatenate(each)) <= times)), 3)
+        for name, each in off.items()
     }
+    alone = {name: [float(np.median(each)) for each in off[name]] for name in recorded.kinds}
+    found["shares of a kind err alike"] = alike(np.array(list(alone.values())))
     found["80 % interval reaches, times"] = {
-        kind: round(float(np.exp(each)), 2) for kind, each in reach.items()
+        name: round(float(np.median(each)), 2) for name, each in wide.items()
     }
     return found
+
+
+def alike(off: Array) -> float:
+    """Correlation of what neighbouring shares of the bytes are off by, ``[kinds, shares]``."""
+    return round(float((off[:, 1:] * off[:, :-1]).mean() / (off**2).mean()), 3)
+
+
+def held_by_chance(shares: int, runs: int, correlation: float) -> Array:
+    """Which share of a kind's plans right 80 % intervals hold, ``[draws]``.
+
+    Plans of one share of the bytes are nearly one plan and count as one; neighbouring shares, which
+    run on the same texts, err alike.
+    """
+    rng, off = np.random.default_rng(0), []
+    for number in range(shares):
+        fresh = rng.normal(size=(20_000, runs))
+        kept = correlation if number else 0.0
+        off.append(kept * (off[-1] if number else 0.0) + np.sqrt(1 - kept**2) * fresh)
+    return np.asarray((np.abs(off) <= norm.ppf(0.9)).mean((0, 2)))
+
+
+def held_of_each_kind(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Plans within 80 % intervals after rounds by kind of text, all runs of one design together."""
+    each = [run["after rounds"] for run in found.values()]
+    kinds = [kind for kind in each[0]["within 80 % interval"] if kind != "over kinds"]
+    shares, runs = len(each[0][kinds[0]]), len(each)
+    correlation = float(np.mean([run["shares of a kind err alike"] for run in each]))
+    one, all_ = (held_by_chance(shares, count, correlation) for count in (1, runs))
+    within = ((all_ >= 0.75) & (all_ <= 0.9)).mean()
+    return {
+        "by kind": {
+            kind: round(float(np.mean([run["within 80 % interval"][kind] for run in each])), 3)
+            for kind in kinds
+        },
+        "shares of a kind err alike": round(correlation, 3),
+        "a right interval would hold, 5 to 95 %": np.percentile(all_, [5, 95]).round(3).tolist(),
+        "of a kind on one run": np.percentile(one, [5, 95]).round(3).tolist(),
+        "all kinds within 75 to 90 % by right intervals": round(float(within ** len(kinds)), 3),
+    }
 
 
 def by_chance(recorded: Recorded) -> float:
@@ -305,7 +408,7 @@ def judged(recorded: Recorded, other: Calibration | None = None) -> dict[str, An
 def judged_on(recorded: Recorded, kind: str, curve: Curve) -> dict[str, Any]:
     """The same on one kind of text, under a curve."""
     x, y = recorded.pair("plans", kind, "evaluate")
-    reach = curve.scatter(0.8)[1]
+    reach = curve.reach(0.8)
     columns = {"raw": x, "calibrated": np.array([curve.value(each) for each in x])}
     return {
         name: {
@@ -352,7 +455,8 @@ def rank(predicted: Array, live: Array) -> float:
 
 def judged_run(runs: Sequence[Recorded], number: int) -> dict[str, Any]:
     """One run, judged by the others, or where there are none kind by kind of text."""
-    recorded, others = runs[number], [*runs[:number], *runs[number + 1 :]]
+    recorded = runs[number]
+    others = left_when_judging(recorded, runs)
     calibration = fitted(others) if others else None
     found: dict[str, Any] = {
         **judged(recorded, calibration),
@@ -366,7 +470,24 @@ def judged_run(runs: Sequence[Recorded], number: int) -> dict[str, Any]:
 
 
 def read(file: Path, probes: str) -> Recorded:
-    return Recorded(json.loads(file.read_text(encoding="utf-8")), probes)
+    """A recorded run; those that do not say their model have it in their name."""
+    data = json.loads(file.read_text(encoding="utf-8"))
+    gemma = "gemma-3-270m"
+    return Recorded(
+        data, probes, data.get("model", gemma if gemma in file.stem else Recorded.model)
+    )
+
+
+def designs(files: Sequence[Path]) -> dict[str, set[str]]:
+    """Which files hold as many shares of the bytes and texts a kind as others."""
+    found: dict[str, set[str]] = {}
+    for file in files:
+        run = read(file, "probes")
+        few, many = (len(run.ids("plans", run.kinds[0], split)) for split in SPLITS)
+        shares = len(np.unique(run.shares))
+        name = f"{shares} shares, {few} selection and {many} evaluation texts a kind"
+        found.setdefault(name, set()).add(file.stem)
+    return found
 
 
 def main() -> None:
@@ -390,6 +511,10 @@ def main() -> None:
         for probes in arguments.probes
         for number in range(len(files) if arguments.each else 1)
     }
+    for texts, named in designs(files).items():
+        mine = {name: found[name] for name in found if name.rsplit(",", 1)[0] in named}
+        if len(mine) > 1 and all("after rounds" in run for run in mine.values()):
+            found[f"by kind, {texts}"] = held_of_each_kind(mine)
     print(json.dumps(found, indent=1))
     if arguments.out:
         write_json(arguments.out, found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from page_tables import result, table
 
@@ -15,13 +16,22 @@ KINDS = {
     "retrieval": "retrieval",
 }
 WITHIN = (0.8, 1.25)
-RUNS = {
+FEW = {
     "predictions-2-h200": "SmolLM2, 1,792 tokens",
     "predictions-middle-smollm2-h200": "SmolLM2, 896 tokens",
     "predictions-short-smollm2-h200": "SmolLM2, 384 tokens",
     "predictions-short-gemma-3-270m-h200": "Gemma-3-270M, 384 tokens",
-    "predictions-levels-h200": "SmolLM2, 1,792 tokens, twice the texts",
 }
+"""Runs with two selection and two or three evaluation texts a kind."""
+MORE = {
+    "predictions-levels-h200": "SmolLM2, 1,792 tokens",
+    "predictions-levels-middle-smollm2-h200": "SmolLM2, 896 tokens",
+    "predictions-levels-short-smollm2-h200": "SmolLM2, 384 tokens",
+    "predictions-levels-short-gemma-3-270m-h200": "Gemma-3-270M, 384 tokens",
+}
+"""Runs with four selection and six evaluation texts a kind."""
+RUNS = {**FEW, **MORE}
+JUDGED = "predictions-judged.json"
 LONG, GEMMA, SMALL = (
     "predictions-2-h200", "predictions-short-gemma-3-270m-h200", "predictions-short-smollm2-h200",
 )  # fmt: skip
@@ -53,46 +63,70 @@ def levels(file: str, name: str, column: str) -> str:
     return f"{table(('kind', 'raw, 3 / 6 / 12 / 25 %', column, 'within 80 %'), rows)}\n\n{said}"
 
 
-def judged_runs(file: str = "predictions-judged.json") -> dict[str, str]:
-    """Runs of predictions.py that were judged by others, and what they are called."""
-    return {name: label for name, label in RUNS.items() if f"{name}, probes" in result(file)}
-
-
-def rounds(file: str = "predictions-judged.json") -> str:
+def rounds(names: dict[str, str]) -> str:
     """What a search prints after live rounds over what is live, by run."""
-    names = judged_runs(file)
 
     def row(name: str, label: str) -> Sequence[str]:
-        found = result(file)[f"{name}, probes"]["after rounds"]
+        found = result(JUDGED)[f"{name}, probes"]["after rounds"]
         chosen = found["over kinds, chosen plan"]
         cells = [chosen[share] for share in ("3.0%", "6.0%", "12.0%", "25.0%")]
         marks = [f"{x:.2f}" if WITHIN[0] <= x <= WITHIN[1] else f"**{x:.2f}**" for x in cells]
-        reach = found["80 % interval reaches, times"].values()
+        reaches = found["80 % interval reaches, times"]
+        reach = [reaches[kind] for kind in KINDS]
         holds = found["within 80 % interval"]
         kinds = [held for kind, held in holds.items() if kind in KINDS]
         by = [found[k][s] for k in KINDS for s in ("3.0%", "6.0%", "12.0%", "25.0%")]
         right = sum(WITHIN[0] <= x <= WITHIN[1] for x in by)
-        chance = result(file)[f"{name}, probes"]
+        chance = result(JUDGED)[f"{name}, probes"]
         alone = chance["cells that would be right by their texts alone"]
         return (
-            label, *marks, f"{min(reach):.2f} to {max(reach):.2f}",
-            f"{100 * holds['over kinds']:.0f} %", f"{right} of {len(by)} ({alone:g})",
+            label, *marks, f"{reaches['over kinds']:.2f}", f"{100 * holds['over kinds']:.0f} %",
+            f"{min(reach):.2f} to {max(reach):.2f}", f"{right} of {len(by)} ({alone:g})",
             f"{100 * sum(kinds) / len(kinds):.0f} %",
         )  # fmt: skip
 
     head = (
         "live over printed", "3 %", "6 %", "12 %", "25 %", "80 % interval, a factor of", "holds",
-        "cells by kind within 0.8 to 1.25 (by their texts alone)", "holds by kind",
+        "of single kinds, a factor of", "cells by kind within 0.8 to 1.25 (by their texts alone)",
+        "holds by kind",
     )  # fmt: skip
     return table(head, (row(name, label) for name, label in names.items()))
 
 
+def held_by_kind() -> str:
+    """How many plans 80 % intervals hold by kind of text, on each run and on all of a design."""
+    judged = result(JUDGED)
+    rows = []
+    for names, said in ((MORE, "4 and 6 texts"), (FEW, "2 and 2 or 3 texts")):
+        for name, label in names.items():
+            held = judged[f"{name}, probes"]["after rounds"]["within 80 % interval"]
+            mean = sum(held[kind] for kind in KINDS) / len(KINDS)
+            each = [f"{100 * held[kind]:.0f} %" for kind in KINDS]
+            rows.append((f"{label}, {said}", *each, f"{100 * mean:.0f} %"))
+        whole = _of_design(judged, names)
+        each = [whole["by kind"][kind] for kind in KINDS]
+        marks = [f"{100 * x:.0f} %" if 0.75 <= x <= 0.9 else f"**{100 * x:.0f} %**" for x in each]
+        low, high = whole["a right interval would hold, 5 to 95 %"]
+        mean = sum(each) / len(each)
+        rows.append((
+            f"all four, {said} (right intervals: {100 * low:.0f} to {100 * high:.0f} %)",
+            *marks, f"{100 * mean:.0f} %",
+        ))  # fmt: skip
+    return table(("plans within 80 % intervals", *KINDS.values(), "all"), rows)
+
+
+def _of_design(judged: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """What was found over all runs with as many texts as some."""
+    texts = "4 selection and 6" if "predictions-levels-h200" in names else "2 selection and"
+    (found,) = (each for name, each in judged.items() if "by kind" in name and texts in name)
+    return dict(found)
+
+
 def ranks() -> str:
     """Rank correlation with live loss on every recorded run."""
-    names = judged_runs()
     rows = []
-    for name, label in names.items():
-        found = result("predictions-judged.json")[f"{name}, probes"].get("rank")
+    for name, label in RUNS.items():
+        found = result(JUDGED)[f"{name}, probes"].get("rank")
         if found is None:
             continue
         mixed, plans = (

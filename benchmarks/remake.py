@@ -43,6 +43,13 @@ LONG = "predictions-2-h200.json"
 SHORT = ("predictions-short-gemma-3-270m-h200.json", "predictions-short-smollm2-h200.json")
 MIDDLE = "predictions-middle-smollm2-h200.json"
 SECOND = "gemma-3-270m"
+MORE = {
+    "levels": "predictions-levels-h200.json",
+    "levels-middle": "predictions-levels-middle-smollm2-h200.json",
+    "levels-short": "predictions-levels-short-smollm2-h200.json",
+}
+MORE_OF_SECOND = f"predictions-levels-short-{SECOND}-h200.json"
+"""Predictions with twice the texts, by the size of the run."""
 LIVE, REPLAYED = f"stand-in-{SECOND}.json", f"stand-in-tables-{SECOND}.json"
 RULES = f"stand-in-families-{SECOND}-h200.json"
 STRONGEST, PLANS = "strongest-h200.json", "strongest-plans-h200.json"
@@ -52,7 +59,7 @@ COPIED = {
     STRONGEST: STRONGEST,
     "reading-h200.json": "reading-2-h200.json",
     "task-scores-h200.json": "task-scores-h200.json",
-    **{name: name for name in (LONG, MIDDLE, *SHORT, RULES)},
+    **{name: name for name in (LONG, MIDDLE, *SHORT, *MORE.values(), MORE_OF_SECOND, RULES)},
 }
 """What parts write, and what it is called among the results."""
 SHOWN = {
@@ -104,11 +111,14 @@ def groups(
         predictions(LONG, model, whole),
         predictions(SHORT[1], model, size),
         predictions(MIDDLE, model, middle),
+        *(predictions(out, model, ("--size", "tiny" if tiny else each))
+          for each, out in MORE.items()),
     ]  # fmt: skip
     if gemma is not None:
         named = ("--name", SECOND, "--out", str(folder / f"{SECOND}.safetensors"))
         packaged += [
             predictions(SHORT[0], str(gemma), size),
+            predictions(MORE_OF_SECOND, str(gemma), ("--size", "tiny" if tiny else "levels-short")),
             Part("second-source", ("second_source.py", str(gemma), *named, "--scratch", scratch)),
             Part("stand-in", ("stand_in.py", str(gemma), "--out", str(folder / LIVE))),
             Part(
@@ -216,7 +226,8 @@ def _fit(folder: Path) -> str:
     for name in (LONG, *SHORT):
         if not _all_plans_ran(folder / name):
             return f"{CALIBRATION}: MISSING plans on some samples of {name}, left as it was"
-    others = [*SHORT, *([MIDDLE] if _all_plans_ran(folder / MIDDLE) else [])]
+    more = [MIDDLE, *MORE.values(), MORE_OF_SECOND]  # as they came, or as they were
+    others = [*SHORT, *(name for name in more if _all_plans_ran(RESULTS / name))]
     _python(
         "predictions_judged.py", LONG, "--fitted-on", *others, "--probes", "probes", "--each",
         "--out", "predictions-judged.json", "--fit", str(DATA / CALIBRATION),

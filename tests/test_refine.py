@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import ArrayLike
 
 from kvtune.policies.allocators.model_wide import ModelWide
 from kvtune.policies.formats.grouped import Int4
 from kvtune.policies.methods.kvzip import KVzip
 from kvtune.policies.option import Budget, Option
 from kvtune.simulator.quality.calibration import NONE
+from kvtune.simulator.quality.levels import (
+    KIND_TEXTS,
+    TRUST,
+    Seen,
+    levels_of,
+    usual_spread,
+)
 from kvtune.simulator.quality.rules import Rule
 from kvtune.simulator.quality.tables import Tables
 from kvtune.tests.made_up import llama
@@ -21,16 +29,7 @@ from kvtune.tuner.answer import Found
 from kvtune.tuner.candidate import Candidate, front, pick
 from kvtune.tuner.head_points import BY_HEADS, head_points
 from kvtune.tuner.question import Question
-from kvtune.tuner.refine import (
-    FINALISTS,
-    KIND_TEXTS,
-    ROUNDS,
-    TRUST,
-    apart_of,
-    level_of,
-    recalibrated,
-    refine,
-)
+from kvtune.tuner.refine import FINALISTS, ROUNDS, recalibrated, refine
 from kvtune.tuner.solver import Solver, evicts
 from kvtune.tuner.sources import QualitySource
 from kvtune.tuner.stand_in_rules import Offer, rule_points
@@ -60,15 +59,18 @@ class Model:
         self.source, self.times = found.source, times
         self.asked: list[Candidate] = []
 
-    def __call__(self, candidates: Sequence[Candidate]) -> list[dict[str, float]]:
+    def __call__(self, candidates: Sequence[Candidate]) -> list[list[float]]:
         self.asked += candidates
-        return [
-            {kind: self.times[kind] * loss for kind, loss in self.expected(each).items()}
-            for each in candidates
-        ]
+        return [self.lives(each) for each in candidates]
 
-    def expected(self, candidate: Candidate) -> dict[str, float]:
-        return self.source.by_kind(candidate.choice, "select")
+    def lives(self, candidate: Candidate) -> list[float]:
+        losses, kinds = self.source.expected(candidate.choice, "select")
+        return [self.times[kind] * loss for loss, kind in zip(losses, kinds, strict=True)]
+
+
+def everywhere(found: Found, loss: float) -> list[float]:
+    """The same live loss on every selection sample."""
+    return [loss] * len(found.source.tables.of_split("select").samples)
 
 
 def kinds_of(found: Found) -> list[str]:
@@ -97,21 +99,58 @@ def test_what_kinds_have_in_common_moves_all_predictions_by_as_much_as_is_truste
         assert after[kind] == pytest.approx(3.0**TRUST * loss, rel=1e-6)
 
 
+def seen(kinds: str, calibrated: ArrayLike, live: ArrayLike) -> Seen:
+    return Seen(tuple(kinds.split()), np.array(calibrated, float), np.array(live, float))
+
+
 def test_of_policies_that_lose_nothing_or_never_ran_no_level_is_known() -> None:
-    assert level_of([]) is None
-    assert level_of([({"prose": 0.0}, {"prose": 0.1}), ({"prose": 0.1}, {"prose": 0.0})]) is None
-    seen = [({"prose": 0.1}, {"prose": 0.2}), ({"prose": 0.1}, {"prose": 0.1})]
-    assert level_of(seen) == pytest.approx(TRUST * np.log(2) / 2)
+    nothing = seen("prose", [0.0], [0.1]), seen("prose", [0.1], [0.0])
+    assert levels_of([], 0.2) is levels_of(nothing, 0.2) is None
+    found = levels_of([seen("prose", [0.1], [0.2]), seen("prose", [0.1], [0.1])], 0.2)
+    assert found is not None
+    assert found.of("prose") == found.of("code") == pytest.approx(TRUST * np.log(2) / 2)
 
 
 def test_a_kind_is_believed_apart_from_others_as_far_as_its_texts_are_many() -> None:
-    seen = [({"prose": 1.0, "code": 1.0, "chat": 1.0}, {"prose": 1.0, "code": 2.0, "chat": 8.0})]
-    few, many = (apart_of(seen, dict.fromkeys(seen[0][0], n)) for n in (1, 500))
+    kinds, live = ("prose", "code", "chat"), np.array([1.0, 2.0, 8.0])
+
+    def apart(texts: int) -> Mapping[str, float]:
+        every = " ".join(np.repeat(kinds, texts))
+        found = levels_of([seen(every, np.ones(3 * texts), np.repeat(live, texts))], 0.2)
+        assert found is not None
+        return found.apart
+
+    few, many = apart(1), apart(500)
     assert few["code"] == many["code"] == 0  # the median
     assert few["chat"] == pytest.approx(np.log(4) / (1 + KIND_TEXTS))
     assert many["chat"] == pytest.approx(np.log(4), rel=0.02)
     assert many["prose"] == pytest.approx(-np.log(2), rel=0.02)
-    assert apart_of([], {}) == {}
+
+
+def test_a_kind_whose_texts_differ_has_a_wider_interval_and_a_usual_spread_stands_in() -> None:
+    kinds = "prose prose prose prose code code code code"
+    live = [1.0, 1.01, 0.99, 1.0, 0.5, 2.0, 0.7, 1.5]
+    found = levels_of([seen(kinds, [1.0] * 8, live)], 0.3)
+    assert found is not None
+    assert found.spreads["prose"] < found.spread < found.spreads["code"]
+    for usual in (0.1, 0.4):  # one text of one kind says nothing of spreads
+        alone = levels_of([seen("prose", [1.0], [1.2])], usual)
+        assert alone is not None
+        assert alone.spreads["prose"] == alone.spread == pytest.approx(usual)
+
+
+def test_the_usual_spread_is_that_between_texts_and_not_between_kinds_or_plans() -> None:
+    rng = np.random.default_rng(0)
+    groups = []
+    for level in (0.0, 1.0):
+        texts = level + rng.normal(0, 0.25, 400)
+        kinds = " ".join(["prose", "code"] * 200)
+        groups.append([
+            seen(kinds, np.ones(400), np.exp(texts + plan + np.tile([0.0, 2.0], 200)))
+            for plan in (0.0, 0.7)
+        ])  # fmt: skip
+    assert usual_spread(groups) == pytest.approx(0.25, rel=0.05)
+    assert usual_spread([[seen("prose", [1.0], [2.0])]]) == 0
 
 
 def test_a_model_that_does_as_predicted_changes_nothing(found: Found) -> None:
@@ -133,9 +172,8 @@ def test_of_the_finalists_that_with_the_least_live_loss_is_taken(found: Found) -
     both = recalibrated(both, NONE)
     assert pick(front(both.expected), request.largest_kl).number == best.number
 
-    def run(candidates: Sequence[Candidate]) -> list[dict[str, float]]:
-        kinds = kinds_of(found)
-        return [dict.fromkeys(kinds, 0.01 if c.number == 99 else 0.02) for c in candidates]
+    def run(candidates: Sequence[Candidate]) -> list[list[float]]:
+        return [everywhere(found, 0.01 if c.number == 99 else 0.02) for c in candidates]
 
     assert refine(both, run)[1].number == 99
 
@@ -181,10 +219,9 @@ def test_plans_that_follow_head_scores_run_whatever_is_predicted_and_win_where_t
     )
     both = replace(found, request=request, expected=[*found.expected, *others, by_heads])
 
-    def run(candidates: Sequence[Candidate]) -> list[dict[str, float]]:
+    def run(candidates: Sequence[Candidate]) -> list[list[float]]:
         return [
-            dict.fromkeys(kinds_of(found), 1e-6 if BY_HEADS in each.parameters else 1.0)
-            for each in candidates
+            everywhere(found, 1e-6 if BY_HEADS in each.parameters else 1.0) for each in candidates
         ]
 
     _, chosen = refine(recalibrated(both, NONE), run)
@@ -212,9 +249,8 @@ def test_a_rule_runs_whatever_is_predicted_and_is_the_plan_where_it_is_better(
 ) -> None:
     both = with_a_rule(found, loss=9.0)
 
-    def run(candidates: Sequence[Candidate]) -> list[dict[str, float]]:
-        kinds = kinds_of(both)
-        return [dict.fromkeys(kinds, live if each.number == 99 else 0.01) for each in candidates]
+    def run(candidates: Sequence[Candidate]) -> list[list[float]]:
+        return [everywhere(both, live if each.number == 99 else 0.01) for each in candidates]
 
     chosen = refine(both, run)[1]
     assert (chosen.number == 99) == wins

@@ -34,9 +34,10 @@ def cross_fitted_front(source: QualitySource, candidates: Sequence[Candidate]) -
 
     def with_loss(point: Candidate) -> Candidate:
         beaten = (freed == point.freed_bytes) & (tokens >= point.tokens_at_once)
-        unseen = estimate(left_out(losses[beaten], kinds), kinds, "table")
-        evicts = source.evicts(point.choice)
-        return replace(point, unseen=widened(unseen, source.calibration, kinds, evicts=evicts))
+        unseen, evicts = left_out(losses[beaten], kinds), source.evicts(point.choice)
+        found = estimate(unseen, kinds, "table")
+        found = widened(found, source.calibration, unseen, kinds, evicts=evicts)
+        return replace(point, unseen=found)
 
     return [with_loss(point) for point in front(candidates)]
 

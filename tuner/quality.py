@@ -131,24 +131,37 @@ def calibrated(
     The interval holds what samples differ by and what live runs were seen to leave the calibration
     by; the two have nothing to do with each other, so their squares add, in logarithms.
     """
-    found = estimate(calibration.applied(losses, kinds, evicts), kinds, tier, level=level)
-    return widened(found, calibration, kinds, evicts=evicts, level=level)
+    applied = calibration.applied(losses, kinds, evicts)
+    found = estimate(applied, kinds, tier, level=level)
+    return widened(found, calibration, applied, kinds, evicts=evicts, level=level)
 
 
 def widened(
     found: Estimate,
     calibration: Calibration,
+    losses: ArrayLike,
     kinds: Sequence[str],
     *,
     evicts: bool,
     level: float = 0.95,
 ) -> Estimate:
-    """A calibrated loss, its interval wider by what live runs leave the calibration by."""
+    """A mean of calibrated losses on samples, its interval wider by what live runs leave them by.
+
+    Args:
+        found: the mean over kinds, with what samples differ by.
+        calibration: by which they were calibrated.
+        losses: of every sample, nats/token.
+        kinds: of text, one a sample.
+        evicts: whether the policy keeps less than all tokens.
+        level: of the interval.
+    """
     if found.value <= 0:
         return found
-    less, more = calibration.factors(kinds, evicts, level)
-    down = np.hypot(np.log(found.value / found.low), min(np.log(less), 0.0))
-    up = np.hypot(np.log(found.high / found.value), max(np.log(more), 0.0))
+    array, labels = np.asarray(losses, float), np.asarray(kinds)
+    means = {kind: float(array[labels == kind].mean()) for kind in sorted(set(kinds))}
+    reach = calibration.reach(means, Counter(kinds), evicts, level)
+    down = np.hypot(np.log(found.value / found.low), reach)
+    up = np.hypot(np.log(found.high / found.value), reach)
     low, high = found.value * np.exp(-down), found.value * np.exp(up)
     return Estimate(found.value, float(low), float(high), found.unit, found.tier)
 
@@ -162,8 +175,13 @@ def calibrated_by_kind(
     evicts: bool,
 ) -> dict[str, Estimate]:
     """As ``calibrated``, of each kind of text alone."""
-    found = estimate_by_kind(calibration.applied(losses, kinds, evicts), kinds, tier)
-    return {kind: widened(each, calibration, [kind], evicts=evicts) for kind, each in found.items()}
+    applied, labels = calibration.applied(losses, kinds, evicts), np.asarray(kinds)
+    found = estimate_by_kind(applied, kinds, tier)
+    parts = {kind: applied[labels == kind] for kind in found}
+    return {
+        kind: widened(each, calibration, parts[kind], [kind] * len(parts[kind]), evicts=evicts)
+        for kind, each in found.items()
+    }
 
 
 def estimate_by_kind(values: ArrayLike, kinds: Sequence[str], tier: Tier) -> dict[str, Estimate]:

@@ -16,9 +16,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvtune.common.bounds import Count, Finite, Name, NotNegative, Whole
+from kvtune.common.bounds import Finite, Name, NotNegative, Whole
 from kvtune.common.errors import KvtuneError
 from kvtune.common.stored import checked
+from kvtune.simulator.quality.levels import Levels
 
 Regime = Literal["quantising", "evicting", "evicting what is asked for"]
 ASKED = frozenset(
@@ -49,14 +50,11 @@ class Curve:
         knots: predicted losses, rising, nats/token; none leaves predictions as they are.
         log_ratios: at each of them.
         residuals: logarithms of live over calibrated where it was not fitted, rising.
-        levelled_residuals: the same where live rounds had first shown the model's level, by the
-            tokens of the prompts that it was seen on.
     """
 
     knots: tuple[float, ...] = ()
     log_ratios: tuple[float, ...] = ()
     residuals: tuple[float, ...] = ()
-    levelled_residuals: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
 
     def value(self, predicted: float) -> float:
         """What a live run should show, nats/token."""
@@ -65,38 +63,40 @@ class Curve:
         at = np.interp(np.log(predicted), np.log(self.knots), self.log_ratios)
         return float(predicted * np.exp(at))
 
-    def levelled(self, level: float, prompt_tokens: int) -> Curve:
-        """The same with all ratios ``level`` higher, in logarithms, and what then is left."""
+    def levelled(self, level: float) -> Curve:
+        """The same with all ratios ``level`` higher, in logarithms."""
         ratios = tuple(ratio + level for ratio in self.log_ratios) or (level,)
-        left = self.left_at(prompt_tokens)
-        return replace(self, knots=self.knots or (1.0,), log_ratios=ratios, residuals=left)
-
-    def left_at(self, prompt_tokens: int) -> tuple[float, ...]:
-        """The residuals after live rounds that were seen on prompts nearest in length.
-
-        Short samples observe fewer tokens, and their losses scatter more.
-        """
-        if not self.levelled_residuals:
-            return self.residuals
-        lengths = self.levelled_residuals
-        return lengths[min(lengths, key=lambda n: abs(np.log(n / prompt_tokens)))]
+        return replace(self, knots=self.knots or (1.0,), log_ratios=ratios)
 
     def believed(self, share: float) -> Curve:
         """The same with ratios nearer to one: a share of their logarithms."""
         return replace(self, log_ratios=tuple(share * ratio for ratio in self.log_ratios))
 
-    def scatter(self, level: float) -> tuple[float, float]:
-        """Least and greatest log ratio of live over calibrated, with probability ``level``.
+    def reach(self, level: float) -> float:
+        """How far live lies from calibrated, to either side, with probability ``level``.
 
-        Split conformal (Vovk et al. 2005) on the residuals' sizes: of a model that nobody has run
-        it is not known to which side of the curve it lies.
+        Of a model that nobody has run it is not known to which side of the curve it lies.
         """
-        count = len(self.residuals)
-        if not count:
-            return 0.0, 0.0
-        sizes = sorted(abs(residual) for residual in self.residuals)
-        reach = sizes[min(int(np.ceil((count + 1) * level)), count) - 1]
-        return -reach, reach
+        return conformal([abs(residual) for residual in self.residuals], level)
+
+
+def conformal(sizes: Sequence[float], level: float) -> float:
+    """What the next size is below with a probability (split conformal; Vovk et al. 2005)."""
+    count = len(sizes)
+    return sorted(sizes)[min(int(np.ceil((count + 1) * level)), count) - 1] if count else 0.0
+
+
+@dataclass(frozen=True)
+class AfterRounds:
+    """What recorded runs were off by after live rounds, none by what was fitted on itself.
+
+    Args:
+        spread: standard deviation between texts of a kind, of the logarithm of live over printed.
+        sizes: how many of its standard deviations each plan lay off by, rising.
+    """
+
+    spread: float = 0.0
+    sizes: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,27 +105,30 @@ class Calibration:
 
     Args:
         curves: by regime; one that is missing leaves predictions as they are.
-        level: logarithm of live over what the curves say of evicting policies; None where none
-            was run.
-        levels_all: whether the level is that of all policies: of a stack that also stores answers.
-        apart: how much further than that live losses on a kind of text lie.
-        prompt_tokens: of the samples that showed the level.
+        after_rounds: how far live losses are from what is printed once the level is known.
+        level: logarithm of live over what the curves say that is usual of a stack.
+        levels: what live runs have shown beside it of policies that evict; None before any ran.
+        levels_all: whether both are of all policies: of a stack that also stores answers.
         runs: live runs of a policy on a sample that are behind it; 0 for none.
     """
 
     curves: Mapping[Regime, Curve] = field(default_factory=dict)
-    level: float | None = None
+    after_rounds: AfterRounds = AfterRounds()
+    level: float = 0.0
+    levels: Levels | None = None
     levels_all: bool = False
     runs: int = 0
-    prompt_tokens: int = 1
-    apart: Mapping[str, float] = field(default_factory=dict)
 
     def curve(self, kind: str, evicts: bool) -> Curve:
         """What holds for a policy on a kind of text."""
         curve = self.curves.get(regime_of(kind, evicts), Curve())
-        if self.level is None or not (evicts or self.levels_all):
+        if not self._levels(evicts):
             return curve
-        return curve.levelled(self.level + self.apart.get(kind, 0.0), self.prompt_tokens)
+        return curve.levelled(self.level + (self.levels.of(kind) if self.levels else 0.0))
+
+    def _levels(self, evicts: bool) -> bool:
+        """Whether a level is known that a policy follows."""
+        return (evicts or self.levels_all) and (self.levels is not None or self.level != 0)
 
     def value(self, predicted: float, kind: str, evicts: bool) -> float:
         """What a live run on a kind of text should show, nats/token."""
@@ -151,33 +154,27 @@ class Calibration:
         """The same over kinds that count alike."""
         return float(np.mean(list(self.by_kind(losses, kinds, evicts).values())))
 
-    def factors(self, kinds: Sequence[str], evicts: bool, level: float) -> tuple[float, float]:
-        """How far below and above its calibrated value a mean over kinds may lie."""
-        each = [self.curve(kind, evicts).scatter(level) for kind in set(kinds)]
-        low, high = np.mean(each, 0) if each else (0.0, 0.0)
-        return float(np.exp(low)), float(np.exp(high))
+    def reach(
+        self, means: Mapping[str, float], texts: Mapping[str, int], evicts: bool, level: float
+    ) -> float:
+        """How far a live mean over kinds may lie from the calibrated one, in logarithms.
 
-    def levelled(
-        self,
-        level: float | None,
-        runs: int,
-        prompt_tokens: int,
-        apart: Mapping[str, float] | None = None,
-    ) -> Calibration:
+        Args:
+            means: calibrated losses by kind of text, nats/token.
+            texts: how many texts of each kind the live loss is a mean of.
+            evicts: whether the policy keeps less than all tokens.
+            level: probability that it lies no further, to either side.
+        """
+        if self.levels is None or not self.after_rounds.sizes or not self._levels(evicts):
+            return float(np.mean([self.curve(kind, evicts).reach(level) for kind in means]))
+        return conformal(self.after_rounds.sizes, level) * self.levels.deviation(means, texts)
+
+    def levelled(self, levels: Levels | None, runs: int) -> Calibration:
         """With what live runs have shown beside it; None where none of them evicted."""
-        return replace(
-            self, level=level, runs=self.runs + runs, prompt_tokens=prompt_tokens,
-            apart=apart or {},
-        )  # fmt: skip
+        return replace(self, levels=levels, runs=self.runs + runs)
 
 
 NONE = Calibration()
-
-
-@dataclass(frozen=True)
-class _StoredResiduals:
-    prompt_tokens: Count
-    residuals: tuple[Finite, ...]
 
 
 @dataclass(frozen=True)
@@ -185,17 +182,23 @@ class _StoredCurve:
     knots: tuple[NotNegative, ...]
     log_ratios: tuple[Finite, ...]
     residuals: tuple[Finite, ...]
-    levelled_residuals: tuple[_StoredResiduals, ...]
+
+
+@dataclass(frozen=True)
+class _StoredAfterRounds:
+    spread: NotNegative
+    sizes: tuple[NotNegative, ...]
 
 
 @dataclass(frozen=True)
 class _Stored:
     """The form of a calibration in a file; what belongs to one search is not stored."""
 
-    format: Literal[3]
+    format: Literal[4]
     made_by: Name
     runs: Whole
     curves: dict[Regime, _StoredCurve]
+    after_rounds: _StoredAfterRounds
 
 
 def read_calibration(plain: Any, where: str) -> Calibration:
@@ -208,20 +211,16 @@ def read_calibration(plain: Any, where: str) -> Calibration:
     for regime, curve in stored.curves.items():
         if len(curve.knots) != len(curve.log_ratios) or list(curve.knots) != sorted(curve.knots):
             raise KvtuneError(f"the knots of {regime!r} do not fit its ratios", where=where)
-        after = (each.residuals for each in curve.levelled_residuals)
-        for residuals in (curve.residuals, *after):
-            if list(residuals) != sorted(residuals):
-                raise KvtuneError(f"the residuals of {regime!r} are not in order", where=where)
+        if list(curve.residuals) != sorted(curve.residuals):
+            raise KvtuneError(f"the residuals of {regime!r} are not in order", where=where)
+    after = AfterRounds(stored.after_rounds.spread, stored.after_rounds.sizes)
+    if list(after.sizes) != sorted(after.sizes):
+        raise KvtuneError("the sizes after rounds are not in order", where=where)
     curves = {
-        regime: Curve(
-            curve.knots,
-            curve.log_ratios,
-            curve.residuals,
-            {each.prompt_tokens: each.residuals for each in curve.levelled_residuals},
-        )
+        regime: Curve(curve.knots, curve.log_ratios, curve.residuals)
         for regime, curve in stored.curves.items()
     }
-    return Calibration(curves, runs=stored.runs)
+    return Calibration(curves, after, runs=stored.runs)
 
 
 def write_calibration(calibration: Calibration, made_by: str) -> dict[str, Any]:
@@ -235,14 +234,18 @@ def write_calibration(calibration: Calibration, made_by: str) -> dict[str, Any]:
             "knots": rounded(curve.knots),
             "log_ratios": rounded(curve.log_ratios),
             "residuals": rounded(curve.residuals),
-            "levelled_residuals": [
-                {"prompt_tokens": length, "residuals": rounded(left)}
-                for length, left in sorted(curve.levelled_residuals.items())
-            ],
         }
         for regime, curve in calibration.curves.items()
     }
-    return {"format": 3, "made_by": made_by, "runs": calibration.runs, "curves": curves}
+    after = calibration.after_rounds
+    spread, sizes = rounded([after.spread])[0], rounded(after.sizes)
+    return {
+        "format": 4,
+        "made_by": made_by,
+        "runs": calibration.runs,
+        "curves": curves,
+        "after_rounds": {"spread": spread, "sizes": sizes},
+    }
 
 
 def fit_curve(predicted: ArrayLike, live: ArrayLike) -> Curve:

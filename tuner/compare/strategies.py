@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from kvtune.tuner.allocate import solve
 from kvtune.tuner.answer import Found
 from kvtune.tuner.candidate import Candidate, pick
@@ -65,18 +63,11 @@ def tuner(setting: Setting, ledger: Ledger) -> Iterator[Choice]:
     studied = recalibrated(found, source.calibration)
     points = cross_fitted_front(studied.source, studied.expected)
     yield pick(points, setting.request.largest_kl).choice
-    kinds = setting.kinds("select")
 
     def run(wanted: Sequence[Candidate]) -> list[Lives]:
-        losses = ledger.losses([each.choice for each in wanted])
-        return [_by_kind(each, kinds) for each in losses]
+        return [list(each) for each in ledger.losses([one.choice for one in wanted])]
 
     yield refine(studied, run)[1].choice
-
-
-def _by_kind(losses: Sequence[float], kinds: Sequence[str]) -> dict[str, float]:
-    array, labels = np.asarray(losses, float), np.asarray(kinds)
-    return {kind: float(array[labels == kind].mean()) for kind in sorted(set(kinds))}
 
 
 def greedy(setting: Setting, ledger: Ledger) -> Iterator[Choice]:
