@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument("--observed", type=int, default=128)
     parser.add_argument("--probes", type=int, default=8)
     parser.add_argument("--samples", type=int, default=2, help="of each kind and split")
+    parser.add_argument("--seed", type=int, default=0, help="which texts are drawn, and where cut")
     parser.add_argument("--seconds", type=float, default=200.0, help="nothing is begun after")
     parser.add_argument("--tiny", action="store_true", help="few options and one kind of text")
     arguments = parser.parse_args()
@@ -190,7 +191,9 @@ def main() -> None:
     probes = {"probes": Probes(arguments.probes)}
     run = Run(arguments.out, loaded, probes, started + arguments.seconds, started)
     each = dict.fromkeys(KINDS[-1:] if arguments.tiny else KINDS, arguments.samples)
-    workload = Workload({"search": each, "evaluate": each}, observed=arguments.observed)
+    workload = Workload(
+        {"search": each, "evaluate": each}, observed=arguments.observed, seed=arguments.seed
+    )
     menu = TINY if arguments.tiny else LAPTOP
     run.found |= {
         "device": torch.cuda.get_device_name() if loaded.device != "cpu" else "cpu",
