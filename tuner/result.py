@@ -18,6 +18,7 @@ from kvtune.common.stored import checked, read_json
 from kvtune.policies.policy import Policy
 from kvtune.simulator.memory.at_once import prompts_at_once
 from kvtune.simulator.memory.plan import MemoryPlan
+from kvtune.tuner.lengths import LossAt
 from kvtune.tuner.request import SearchRequest
 
 if TYPE_CHECKING:
@@ -202,6 +203,8 @@ class SearchResult:
         provenance: versions, seeds, hashes.
         on_stack: the plan as the stack runs it that ``quality`` is of, where that is another than
             kvtune's own runtime, in which ``baselines`` ran; or None.
+        other_lengths: the plan's loss on prompts of other lengths, shortest first: of those that
+            it was run at, and of its context.
         times: of the plan beside the uncompressed cache, measured, where it ran live on a GPU.
         untimed: why it ran there and was not timed; or None.
     """
@@ -229,6 +232,7 @@ class SearchResult:
     notes: tuple[str, ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict)
     on_stack: Baseline | None = None
+    other_lengths: tuple[LossAt, ...] = ()
     times: Times | None = None
     untimed: str | None = None
 
@@ -267,6 +271,7 @@ FIGURES = (
     "front", "baselines", "quality", "predicted_quality", "memory", "latency", "prefill",
     "compression", "context_tokens", "sequences", "sequence_bytes", "full_cache_sequences",
     "prompt_bytes", "share", "full_cache_accuracy", "counters", "notes", "provenance", "on_stack",
+    "other_lengths",
 )  # fmt: skip
 """What a result and its file have in common, by the same names."""
 
@@ -275,7 +280,7 @@ def _plain(value: Any) -> Any:
     """A value as JSON data."""
     if isinstance(value, (Estimate, Quality)):
         return value.as_dict()
-    if isinstance(value, (FrontPoint, Baseline)):
+    if isinstance(value, (FrontPoint, Baseline, LossAt)):
         return {name: _plain(each) for name, each in vars(value).items()}
     if isinstance(value, tuple):
         return [_plain(each) for each in value]
@@ -310,6 +315,7 @@ class StoredResult:
     policy: Name
     budget: dict[str, Any]
     on_stack: Baseline | None = None
+    other_lengths: tuple[LossAt, ...] = ()
 
     @property
     def plan(self) -> Baseline:

@@ -25,9 +25,7 @@ def quality_source(
     return replace(source, tables=source.tables.with_floors()), notes
 
 
-def _source(
-    request: SearchRequest, progress: Progress
-) -> tuple[QualitySource, tuple[str, ...]]:
+def _source(request: SearchRequest, progress: Progress) -> tuple[QualitySource, tuple[str, ...]]:
     """Likewise, with shares of the prompt alone, as tables are kept."""
     if not request.has_weights:
         reason = "asked for" if request.stand_in else f"no weights of {request.shape.name} at hand"
