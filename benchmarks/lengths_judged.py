@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 RESULTS = Path(__file__).parent / "results"
 RECORDED = (
-    "lengths-before-h200.json", "lengths-h200.json",
+    "lengths-before-h200.json", "lengths-h200.json", "lengths-floors-cpu.json",
     "lengths-floors-h200.json", "lengths-floors-2-h200.json",
 )  # fmt: skip
 OBSERVED = 128
@@ -123,15 +123,18 @@ def coverage(rows: Sequence[Ratio], group: Callable[[Ratio], Any]) -> float | No
     return round(float(np.mean(held)), 3)
 
 
-def one_text_a_kind(rows: Sequence[Ratio]) -> float:
-    """Share held where the loss at home is that of every second text, as a small search has it."""
+def one_text_a_kind(rows: Sequence[Ratio]) -> float | None:
+    """Share held where the loss at home is that of every second text, as a small search has it.
+
+    Of runs with two texts of each of three kinds; None where there are none.
+    """
     power, reach = power_of(rows), reach_of(rows)
     held = []
-    for row in rows:
+    for row in (row for row in rows if len(row.found) == 6):
         for first in (0, 1):
             ratio = math.log(np.mean(row.there) / np.mean(row.found[first::2]))
             held.append(abs(ratio - power * row.lengths) <= reach)
-    return round(float(np.mean(held)), 3)
+    return round(float(np.mean(held)), 3) if held else None
 
 
 GROUPS: dict[str, Callable[[Ratio], Any]] = {

@@ -29,7 +29,9 @@ def ratios(longer: bool, floors: bool) -> list[tuple[float, float]]:
     """Logarithms of prompt tokens and of losses, straight from the files that were judged."""
     found = []
     for name in JUDGED["recorded"]:
-        losses = json.loads((ROOT / "benchmarks" / "results" / name).read_text())["losses at"]
+        recorded = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+        losses = recorded["losses at"]
+        observed = 64 if "C=64" in recorded.get("workload", "") else 128
         home = {
             (row["found at"], row["share"]): row["live"]
             for at, rows in losses.items()
@@ -41,7 +43,7 @@ def ratios(longer: bool, floors: bool) -> list[tuple[float, float]]:
                 was, here = row["found at"], int(at)
                 if was != here and (here > was) == longer and row.get("floors", False) == floors:
                     there = sum(row["live"]) / sum(home[was, row["share"]])
-                    found.append((math.log((here - 128) / (was - 128)), math.log(there)))
+                    found.append((math.log((here - observed) / (was - observed)), math.log(there)))
     return found
 
 
@@ -63,14 +65,19 @@ def test_the_power_is_that_of_least_squares_on_the_recorded_runs(
 @pytest.mark.parametrize(
     ("carried", "longer"), [(LONGER, True), (SHORTER, False)], ids=["longer", "shorter"]
 )
-def test_the_interval_holds_three_to_nine_tenths_of_the_recorded_plans(
+def test_the_interval_holds_at_least_three_quarters_of_the_recorded_plans(
     carried: Carried, longer: bool
 ) -> None:
     held = []
     for lengths, losses in ratios(longer, not longer):
         _, low, high = carried.times(math.exp(lengths))
         held.append(low <= math.exp(losses) <= high)
-    assert 0.75 <= sum(held) / len(held) <= 0.95
+    assert sum(held) >= 0.75 * len(held)
+
+
+def test_the_interval_for_longer_prompts_holds_what_was_left_out_as_often_as_it_says() -> None:
+    for left_out, held in JUDGED["longer"]["held with one left out"].items():
+        assert 0.75 <= held <= 0.9, left_out
 
 
 @pytest.mark.parametrize("carried", [LONGER, SHORTER])
