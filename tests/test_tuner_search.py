@@ -256,7 +256,7 @@ def test_the_plan_runs_at_other_lengths_that_are_asked_for(
     request = replace(own, lengths=(40, 10**6), sequences=1, run_dir=own.run_dir / "lengths")
     result = run_search(request)
     (there,) = result.other_lengths
-    assert (there.prompt_tokens, there.samples, there.kl.tier) == (40, 2, "live")
+    assert (there.prompt_tokens, there.samples, there.kl.tier) == (40, 4, "live")
     assert any("on prompts of 40 tokens the plan loses" in note for note in result.notes)
     assert (result.policy.budgets(40) >= np.minimum(result.policy.budgets(80), 40)).all()
     stored = read_result(request.run_dir / "result.json")

@@ -57,7 +57,7 @@ SHORTER = Carried(power=1.011, reach=0.785, most=4.143)
 """The same run at shorter prompts, with floors: heads then keep a larger share of the prompt."""
 FITTED_ON = "benchmarks/results/lengths-judged.json"
 
-_KIND_SAMPLES = 2  # held-out texts of a kind that run at another length, at most
+_KIND_SAMPLES = 2  # held-out texts of a kind at another length: one knows no spread of its own
 _LONGEST_UNASKED = 32 * 1024
 
 
@@ -140,7 +140,7 @@ def run_at(
     from kvtune.tuner.validate import validate_policy
 
     workload = named_workload(request.workload, request.seed, request.texts)
-    held_out = {kind: min(n, _KIND_SAMPLES) for kind, n in workload.counts["evaluate"].items()}
+    held_out = {kind: _KIND_SAMPLES for kind, count in workload.counts["evaluate"].items() if count}
     longer = replace(workload, counts={"evaluate": held_out}, tokens=tokens + workload.observed)
     samples = build(longer, loaded.tokenizer)
     progress.note(f"running the plan on prompts of {format_tokens(tokens)}")
