@@ -131,6 +131,11 @@ def _search_long(
             "--held-bytes plans for one card, one context and one format of weights",
             hint="name one --gpu, one --context and one of --weights.",
         )
+    if request.lengths:
+        raise KvtuneError(
+            "--held-bytes plans for answers of its own length, and runs at no other --lengths",
+            hint="leave out --lengths.",
+        )
     bound = read_bound(held_bytes, request)
     check_fits(bound, request)
     read_weights(request.model)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import BAND, Estimate
 from kvtune.tests.made_up import llama
+from kvtune.tuner.checks import check_request
 from kvtune.tuner.lengths import (
     FITTED_ON,
     LONGER,
@@ -19,6 +21,7 @@ from kvtune.tuner.lengths import (
     length_note,
     lengths_to_run,
 )
+from kvtune.tuner.search_options import search_request
 
 ROOT = Path(__file__).parents[1]
 JUDGED = json.loads((ROOT / FITTED_ON).read_text())
@@ -108,6 +111,16 @@ def test_the_note_says_what_is_expected_or_what_was_measured() -> None:
     assert FITTED_ON in fitted
     shorter = length_note(carried_to(LIVE, 1792, 896), 1792)
     assert "heads keep as many tokens as of prompts of 1 792 tokens" in shorter
+
+
+def test_lengths_that_no_plan_could_run_at_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(KvtuneError, match="no weights of llama-3"):
+        check_request(llama(tmp_path, lengths=(448,)))
+    with pytest.raises(KvtuneError, match="takes 8 192 tokens, not 16 384 tokens"):
+        search_request("smollm2-135m", "4090", "1GiB", run_dir=tmp_path, lengths="2k,16k")
+    assert search_request(
+        "smollm2-135m", "4090", "1GiB", run_dir=tmp_path, lengths="2k, 448,2048"
+    ).lengths == (2048, 448)
 
 
 def test_a_plan_runs_at_the_lengths_asked_for_and_at_its_context_on_a_gpu(tmp_path: Path) -> None:
