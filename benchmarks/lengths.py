@@ -1,18 +1,19 @@
-"""Plans found at one prompt length, run at others: what carries over, and what can be foretold.
+"""Plans found at one prompt length, run at others, their budgets with and without a floor.
 
-    python benchmarks/lengths.py --device cuda --out benchmarks/results/lengths-h200.json
+    python benchmarks/lengths.py --device cuda --out benchmarks/results/lengths-floors-h200.json
 
 Tables are built and plans solved at every length; every plan runs live at every length, on samples
-that it was not found on. ``carried`` is live loss there over live loss at the length where a plan
-was found. ``foretold`` draws a line through a plan's predictions at the two shortest lengths, in
-logarithms of loss and length, and compares live losses at the longer ones with it.
+that it was not found on. At shorter lengths than its own it runs twice: with budgets that are
+shares of the prompt alone, and with shares that keep no fewer tokens than where it was found.
+``carried`` is live loss there over live loss at the length where a plan was found.
+``causes`` says which options of a plan lose most at a shorter length, by method and tokens kept,
+as tables made at that length predict it. ``lengths_judged.py`` fits and tests what is printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from predictions import Run, rounded, tables_of
 
+from kvtune.policies.policy import Policy
 from kvtune.runtime.live import full_cache, run_live
 from kvtune.runtime.prompts import fresh_prompt
 from kvtune.simulator.quality.tables import Tables
@@ -48,6 +50,7 @@ class Plan:
     """A plan and where it was found."""
 
     tokens: int
+    prompt_tokens: int
     share: float
     choice: np.ndarray
 
@@ -59,55 +62,114 @@ def solved(tables: Tables, tokens: int) -> list[Plan]:
     problem = Problem.of(search, footprint)
     full = 4 * search.heads * search.head_dim * search.prompt_tokens
     return [
-        Plan(tokens, share, solve(problem, int(share * full) - 4 * search.heads))
+        Plan(
+            tokens,
+            tables.prompt_tokens,
+            share,
+            solve(problem, int(share * full) - 4 * search.heads),
+        )
         for share in SHARES
     ]
+
+
+def policies_at(
+    tables: Tables, tokens: int, plans: Sequence[Plan]
+) -> list[tuple[Plan, bool, Policy]]:
+    """Every plan as a policy of shares, and where prompts are shorter than its own with floors.
+
+    Args:
+        tables: of any length; they have the same options.
+        tokens: N of the samples that will run.
+        plans: of all lengths.
+    """
+    found = []
+    for plan in plans:
+        floored = replace(tables, prompt_tokens=plan.prompt_tokens).with_floors()
+        for floors in (False, True) if plan.tokens > tokens else (False,):
+            name = f"plan at {plan.share:.0%}"
+            policy = policy_of(floored if floors else tables, plan.choice, name)
+            found.append((plan, floors, policy))
+    return found
 
 
 def run_at(
     run: Run, tables: Tables, samples: Sequence[Sample], plans: Sequence[Plan]
 ) -> list[dict[str, Any]]:
     """Live and predicted losses of every plan on one length's held-out samples, ``[n]`` each."""
-    policies = [policy_of(tables, plan.choice, f"plan at {plan.share:.0%}") for plan in plans]
+    asked = policies_at(tables, len(samples[0].token_ids), plans)
+    policies = [policy for _, _, policy in asked]
     live = []
     for sample in samples:
         prompt = fresh_prompt(run.loaded, sample, union_of_needs(policies))
         full = full_cache(run.loaded, sample, prompt)
         live.append([r.kl.mean() for r in run_live(run.loaded, sample, prompt, policies, full)])
-    held_out = tables.of_split("evaluate")
+    held_out, whole = tables.of_split("evaluate"), 4 * tables.heads * tables.head_dim
     return [
         {
             "found at": plan.tokens,
             "share": plan.share,
+            "floors": floors,
+            "bytes": round(
+                policy.footprint(samples[0].prompt, tables.head_dim) / (whole * samples[0].prompt),
+                5,
+            ),
             "live": rounded(row),
-            "predicted": rounded(held_out.by_sample(plan.choice)),
         }
-        for plan, row in zip(plans, np.array(live).T, strict=True)
+        | ({} if floors else {"predicted": rounded(held_out.by_sample(plan.choice))})
+        for (plan, floors, policy), row in zip(asked, np.array(live).T, strict=True)
     ]
 
 
-def judged(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """What carries over and what is foretold, by pair of lengths and share."""
-    live, predicted = ({} for _ in range(2))
-    for at, rows in found.items():
-        for row in rows:
-            key = row["found at"], int(at), row["share"]
-            live[key], predicted[key] = (float(np.mean(row[x])) for x in ("live", "predicted"))
-    lengths = sorted({at for _, at, _ in live})
-    carried = {
-        f"{home} to {at}, {share:.0%}": round(loss / live[home, home, share], 3)
-        for (home, at, share), loss in live.items()
-        if at != home and (home, home, share) in live
+def causes(home: Tables, there: Tables, plans: Sequence[Plan]) -> list[dict[str, Any]]:
+    """Which options of each plan lose more at a shorter length, the worst three of each plan.
+
+    A head's own term of the predicted loss is summed over the heads with one method and share.
+    """
+    found = []
+    for plan in plans:
+        lost = {}
+        for option in np.unique(plan.choice):
+            heads = np.flatnonzero(plan.choice == option)
+            own = [float(t.loss[:, heads, option].mean(0).sum()) for t in (home, there)]
+            lost[int(option)] = own, len(heads)
+        worst = sorted(lost, key=lambda o: lost[o][0][0] - lost[o][0][1])[:3]
+        found.append(
+            {
+                "found at": plan.tokens,
+                "share": plan.share,
+                "own terms": rounded([sum(own[n] for own, _ in lost.values()) for n in (0, 1)]),
+                "worst": [
+                    {
+                        "option": home.options[o].label,
+                        "heads": lost[o][1],
+                        "tokens kept": [
+                            home.options[o].budget.resolve(t.prompt_tokens) for t in (home, there)
+                        ],
+                        "own terms": rounded(lost[o][0]),
+                    }
+                    for o in worst
+                ],
+            }
+        )
+    return found
+
+
+def carried(found: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
+    """Live loss at another length over that where a plan was found, by lengths, share and way."""
+    live = {
+        (row["found at"], int(at), row["share"], row.get("floors", False)): float(
+            np.mean(row["live"])
+        )
+        for at, rows in found.items()
+        for row in rows
     }
-    foretold = {}
-    for (home, at, share), loss in live.items():
-        known = {(home, each, share) for each in lengths[:2]} <= predicted.keys()
-        if known and home in lengths[:2] and at in lengths[2:]:
-            first, second = (math.log(predicted[home, each, share]) for each in lengths[:2])
-            slope = (second - first) / math.log(lengths[1] / lengths[0])
-            line = math.exp(second + slope * math.log(at / lengths[1]))
-            foretold[f"{home} to {at}, {share:.0%}"] = round(loss / line, 3)
-    return {"live over live where found": carried, "live over foretold": foretold}
+    return {
+        f"{home} to {at}, {share:.0%}{', floors' if floors else ''}": round(
+            loss / live[home, home, share, False], 3
+        )
+        for (home, at, share, floors), loss in live.items()
+        if at != home and (home, home, share, False) in live
+    }
 
 
 def main() -> None:
@@ -119,6 +181,7 @@ def main() -> None:
     parser.add_argument("--observed", type=int, default=128)
     parser.add_argument("--probes", type=int, default=8)
     parser.add_argument("--samples", type=int, default=2, help="of each kind and split")
+    parser.add_argument("--seed", type=int, default=0, help="which texts are drawn, and where cut")
     parser.add_argument("--seconds", type=float, default=200.0, help="nothing is begun after")
     parser.add_argument("--tiny", action="store_true", help="few options and one kind of text")
     arguments = parser.parse_args()
@@ -128,7 +191,9 @@ def main() -> None:
     probes = {"probes": Probes(arguments.probes)}
     run = Run(arguments.out, loaded, probes, started + arguments.seconds, started)
     each = dict.fromkeys(KINDS[-1:] if arguments.tiny else KINDS, arguments.samples)
-    workload = Workload({"search": each, "evaluate": each}, observed=arguments.observed)
+    workload = Workload(
+        {"search": each, "evaluate": each}, observed=arguments.observed, seed=arguments.seed
+    )
     menu = TINY if arguments.tiny else LAPTOP
     run.found |= {
         "device": torch.cuda.get_device_name() if loaded.device != "cpu" else "cpu",
@@ -152,13 +217,17 @@ def main() -> None:
         plans += solved(tables, tokens)
         run.record("tables at", list(made))
     found = {}
-    for tokens, (tables, held_out) in made.items():
+    for tokens, (tables, held_out) in made.items():  # the shortest first: floors matter there
         if time.monotonic() > run.deadline:
             run.found.setdefault("not run at", []).append(tokens)
             continue
         found[str(tokens)] = run_at(run, tables, held_out, plans)
         run.record("losses at", found)
-    run.record("judged", judged(found))
+    shortest = min(made)
+    homes = {n: [plan for plan in plans if plan.tokens == n] for n in made if n != shortest}
+    why = [c for n, mine in homes.items() for c in causes(made[n][0], made[shortest][0], mine)]
+    run.record(f"causes at {shortest}", why)
+    run.record("judged", {"live over live where found": carried(found)})
     print(json.dumps(run.found["judged"], indent=1))
 
 

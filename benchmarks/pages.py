@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import first_minutes_pages
+import lengths_pages
 import policy_pages
 import quality_pages
 import stand_in_pages
@@ -103,6 +104,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "plain-step": first_minutes_pages.plain_step,
     "ranking-refined": refined,
     "levels-ways": ways_to_level,
+    "lengths-shorter": lengths_pages.carried,
+    "lengths-fitted": lengths_pages.fitted,
+    "lengths-functions": lengths_pages.functions,
     "stand-in-live": stand_in_pages.stand_in_live,
     "stand-in-choices": stand_in_pages.stand_in_choices,
     "stand-in-families": stand_in_pages.stand_in_families,

@@ -10,6 +10,7 @@ from html import escape
 from kvtune.cli.policy_card import Card
 from kvtune.common.units import MIB, format_bytes, format_tokens
 from kvtune.common.words import accuracy, count, figure, percent, printable
+from kvtune.tuner.lengths import LossAt
 from kvtune.tuner.verdict import limit_words
 
 Row = tuple[str, ...]
@@ -27,6 +28,7 @@ def _facts(card: Card) -> list[Row]:
         ("model", card.model),
         ("GPU", f"{card.gpu}, {limit_words(card.memory_limit_bytes)}"),
         ("loss", f"{figure(card.kl)}, nats per token"),
+        *(_loss_at(at) for at in card.other_lengths),
         ("quality", f"{card.quality}, {card.held_out_samples} held-out samples"),
         *(needles if card.retrieval else []),
         ("prompts at once", f"{prompts}; uncompressed {full}"),
@@ -35,6 +37,16 @@ def _facts(card: Card) -> list[Row]:
         ("time per token", figure(card.time_per_token)),
         ("tokens/s of all", figure(card.tokens_per_second)),
     ]
+
+
+def _loss_at(at: LossAt) -> Row:
+    """The loss at another length: of samples that ran, else where 80 % of plans are expected."""
+    known = (
+        f"{figure(at.kl)}, {count(at.samples)} samples"
+        if at.samples
+        else f"{at.kl.low:.2g} to {at.kl.high:.2g} expected"
+    )
+    return f"loss at {format_tokens(at.prompt_tokens)}", known
 
 
 def _prompts(sequences: int, tokens: int) -> str:

@@ -76,6 +76,7 @@ def card_of(study: Study) -> Card:
         command=command_of(study),
         tasks=tuple(_tasks(study, row)),
         layout=facts.layout,
+        other_lengths=outcome.other_lengths,
     )
 
 

@@ -42,6 +42,8 @@ def command_of(study: Study) -> str:
     if context := given.get("context_tokens"):
         longest = given.get("longest_context")
         words += ["--context", f"{context}-{longest}" if longest else str(context)]
+    if lengths := given.get("lengths"):
+        words += ["--lengths", ",".join(map(str, lengths))]
     for text in given.get("texts") or ():
         words += ["--text", _portable(str(text))]
     return shlex.join([*words, *(["--stand-in"] if given.get("stand_in") else [])])

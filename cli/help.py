@@ -70,6 +70,7 @@ OPTIONS = {
         "workload",
         "text",
         "tokens",
+        "lengths",
         "probes",
         "seed",
         "device",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvtune.common.estimate import Estimate
+from kvtune.tuner.lengths import LossAt
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ class Card:
         policies: the plan first, then what it is compared with.
         command: that repeats the search.
         tasks: the policy's loss by kind of held-out text.
+        other_lengths: the policy's loss on prompts of other lengths, shortest first.
         layout: how budgets are counted, where that is not in kvtune's own pages; or "".
     """
 
@@ -138,6 +140,7 @@ class Card:
     command: str
     tasks: tuple[Task, ...] = ()
     layout: str = ""
+    other_lengths: tuple[LossAt, ...] = ()
 
     @property
     def quality(self) -> str:

@@ -42,6 +42,7 @@ def command(
     heads: search_options.Heads = None,
     held_bytes: search_options.HeldBytes = None,
     text: options.Texts = None,
+    lengths: search_options.Lengths = None,
     stand_in: search_options.StandIn = False,
     seed: options.Seed = 0,
     device: options.Device = None,
@@ -61,7 +62,7 @@ def command(
         read_bytes=read_bytes, tpot=tpot, ttft=ttft, sequences=sequences, sampler=sampler,
         jobs=jobs, storage=storage, engine=engine,
         start=[read_policy_path(path) for path in start or ()], moved_bytes=moved_bytes,
-        heads=heads, texts=text or (), stand_in=stand_in, seed=seed, device=device,
+        heads=heads, texts=text or (), lengths=lengths, stand_in=stand_in, seed=seed, device=device,
     )  # fmt: skip
     requests = _requests(asked, gpu, mem, run_dir)
     check_writable(requests[0].run_dir, "--run-dir")
@@ -129,6 +130,11 @@ def _search_long(
         raise KvtuneError(
             "--held-bytes plans for one card, one context and one format of weights",
             hint="name one --gpu, one --context and one of --weights.",
+        )
+    if request.lengths:
+        raise KvtuneError(
+            "--held-bytes plans for answers of its own length, and runs at no other --lengths",
+            hint="leave out --lengths.",
         )
     bound = read_bound(held_bytes, request)
     check_fits(bound, request)

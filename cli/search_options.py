@@ -29,6 +29,15 @@ Context = Annotated[
         "choose among doublings; left out: 8192, or what --generated leaves of a shorter model.",
     ),
 ]
+Lengths = Annotated[
+    str | None,
+    typer.Option(
+        "--lengths",
+        metavar="TOKENS",
+        help="Also run the chosen plan on prompts of these lengths: 2k,8k; left out: of --context "
+        "on a GPU, of none on a CPU.",
+    ),
+]
 MaxKl = Annotated[
     float,
     typer.Option("--max-kl", metavar="NATS", min=0, max=100, help="Acceptable loss, nats a token."),

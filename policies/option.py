@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -17,24 +17,39 @@ from kvtune.policies.parts import entries_of
 class Budget:
     """How much of a prompt stays: a number of tokens, a share of the prompt, or all of it.
 
+    What a head needs, sinks and a window of the newest tokens above all, is a number of tokens
+    whatever the prompt. A share alone drops them from short prompts; a share with a floor keeps of
+    a short prompt as many tokens as of the prompts that the share was chosen on.
+
     Args:
         tokens: that many, or fewer if the prompt is shorter.
         share: of the prompt's tokens, in (0, 1].
+        floor: tokens that a share keeps at least, or all of a prompt that has fewer.
     """
 
     tokens: int | None = None
     share: float | None = None
+    floor: int = 0
 
     def resolve(self, prompt_tokens: int) -> int:
         """Tokens kept of a prompt; at least one of a prompt that has any."""
         if self.tokens is not None:
             return min(self.tokens, prompt_tokens)
         if self.share is not None:
-            return min(max(round(self.share * prompt_tokens), 1), prompt_tokens)
+            return min(max(round(self.share * prompt_tokens), self.floor, 1), prompt_tokens)
         return prompt_tokens
 
+    def with_floor(self, prompt_tokens: int) -> Budget:
+        """A share that keeps of shorter prompts as many tokens as of one of ``prompt_tokens``.
+
+        Budgets in tokens, and all of a prompt, need no floor and stay as they are.
+        """
+        if self.share is None:
+            return self
+        return replace(self, floor=Budget(share=self.share).resolve(prompt_tokens))
+
     def __str__(self) -> str:
-        """``256``, ``12.5%`` or ``all``."""
+        """``256``, ``12.5%`` or ``all``; a floor, which long prompts do not meet, is left out."""
         if self.tokens is not None:
             return str(self.tokens)
         return "all" if self.share is None else f"{100 * self.share:.3g}%"

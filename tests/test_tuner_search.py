@@ -56,6 +56,7 @@ KEYS = {
     "predicted_quality", "memory", "latency", "prefill", "compression", "context_tokens",
     "sequences", "sequence_bytes", "full_cache_sequences", "prompt_bytes", "share",
     "full_cache_accuracy", "counters", "notes", "provenance", "on_stack",
+    "other_lengths",
 }  # fmt: skip
 
 
@@ -319,6 +320,26 @@ def test_a_menu_of_all_methods_is_captured_for_and_replayed(
     weighted = {WeightedKeys(by=by) for by in ("snapkv", "h2o", "full")}
     assert named == {*every_method(calibrated=False), *weighted, Full()}
     assert (source.tables.loss >= 0).all()
+
+
+def test_the_plan_runs_at_other_lengths_that_are_asked_for(
+    own: SearchRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of shorter prompts it keeps no fewer tokens; a length without enough text loses no search."""
+    monkeypatch.setattr(sources, "LAPTOP", Menu(METHODS, (0.25,), alike((Bf16(),))))
+    request = replace(own, lengths=(40, 10**6), sequences=1, run_dir=own.run_dir / "lengths")
+    result = run_search(request)
+    (there,) = result.other_lengths
+    assert (there.prompt_tokens, there.samples, there.kl.tier) == (40, 4, "live")
+    assert any("on prompts of 40 tokens the plan loses" in note for note in result.notes)
+    assert (result.policy.budgets(40) >= np.minimum(result.policy.budgets(80), 40)).all()
+    stored = read_result(request.run_dir / "result.json")
+    assert stored.other_lengths == result.other_lengths
+    document = read_policy(request.run_dir / "policy.yaml")
+    assert document.provenance is not None
+    assert document.provenance.other_lengths == {"40": there.kl.as_dict()}
+    card = card_of(StudyReader(request.run_dir).read())
+    assert "| loss at 40 tokens |" in as_markdown(card)
 
 
 def test_a_search_that_limits_reading_keeps_to_it(

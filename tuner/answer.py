@@ -17,7 +17,7 @@ from kvtune.tuner.baselines import COSTS
 from kvtune.tuner.candidate import Candidate
 from kvtune.tuner.cross_fit import cross_fitted_front
 from kvtune.tuner.explore.record import selection_split
-from kvtune.tuner.lengths import length_note
+from kvtune.tuner.lengths import LossAt, carried_to, length_note, lengths_to_run, losses_at
 from kvtune.tuner.live_baselines import live_baselines, live_on_stack
 from kvtune.tuner.on_stack import BytesThere
 from kvtune.tuner.request import SearchRequest
@@ -74,8 +74,9 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
             on_stack, validation = live_on_stack(source, compared[0], chosen, progress)
     else:
         compared = stand_in_baselines(source, solver, policy, chosen, predicted.kl)
+    quality = quality_of(predicted, validation)
+    elsewhere = _elsewhere(found, chosen, policy, quality, progress)
     baselines = tuple(row.baseline for row in compared)
-    quality = replace(predicted, kl=validation.live) if validation else predicted
     if source.beside is not None:
         source.beside.finish()
     times, untimed = _times(found, policy, chosen, cost, progress)
@@ -100,7 +101,13 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
         full_cache_sequences=int(budget.most(None).value),
         full_cache_accuracy=validation.full_cache_accuracy if validation else None,
         counters=validation.counters if validation else {},
-        notes=(*found.notes, *_notes(found, chosen, quality), *_costs(found, chosen, baselines)),
+        notes=(
+            *found.notes,
+            *_notes(found, chosen, quality),
+            *(length_note(at, source.tables.prompt_tokens) for at in elsewhere),
+            *_costs(found, chosen, baselines),
+        ),
+        other_lengths=elsewhere,
         provenance={
             "kvtune": kvtune.__version__,
             "seed": request.seed,
@@ -121,6 +128,30 @@ def begin_compiling(found: Found, likely: Candidate) -> None:
 
         policy = found.solver.policy(likely)
         beside.compile([policy, uncompressed(policy)], loaded)
+
+
+def quality_of(predicted: Quality, validation: Validation | None) -> Quality:
+    """The plan's loss as it ran live, where it did."""
+    return replace(predicted, kl=validation.live) if validation else predicted
+
+
+def _elsewhere(
+    found: Found, chosen: Candidate, policy: Policy, quality: Quality, progress: Progress
+) -> tuple[LossAt, ...]:
+    """The plan's loss at other prompt lengths: as it ran there, else at its context as fitted."""
+    source, context = found.source, chosen.context
+    measured = source.tables.prompt_tokens
+    ran: list[LossAt] = []
+    if source.loaded is not None:
+        asked = lengths_to_run(found.request, source.loaded.device, measured, context)
+        ran += losses_at(
+            policy, source.loaded, found.request, asked, progress,
+            stored_alike=stores_alike(found.request.stack),
+        )  # fmt: skip
+    known = {measured, *(at.prompt_tokens for at in ran)}
+    if context not in known and quality.kl.high > 0:
+        ran.append(carried_to(quality.kl, measured, context))
+    return tuple(sorted(ran, key=lambda at: at.prompt_tokens))
 
 
 def _times(
@@ -205,7 +236,7 @@ def band_of(source: QualitySource, candidate: Candidate) -> Estimate | None:
 
 def _notes(found: Found, chosen: Candidate, quality: Quality) -> tuple[str, ...]:
     """Automatic choices, each with its reason."""
-    request, prompt = found.request, found.source.tables.prompt_tokens
+    request = found.request
     notes = [f"weights: {_weights_reason(found, chosen)}"]
     if request.sequences is None or len(request.contexts) > 1:
         whose = f"{quality.stand_in}'s loss" if quality.stand_in else "loss on selection"
@@ -226,8 +257,6 @@ def _notes(found: Found, chosen: Candidate, quality: Quality) -> tuple[str, ...]
             f"reading: a decode step reads {format_bytes(read)} of each sequence's prompt, "
             f"--read-bytes allows {format_bytes(request.read_bytes)}."
         )
-    if prompt != chosen.context and quality.kl.high > 0:
-        notes.append(length_note(quality.kl, prompt, chosen.context))
     if quality.kl.tier == BAND:
         notes.append(_band_note(request, quality))
     elif quality.kl.value > request.largest_kl:

@@ -16,8 +16,8 @@ def check_request(request: SearchRequest) -> None:
 
     Raises:
         KvtuneError: an unknown weight format, engine or storage, layers that cannot be planned, a
-            number of sequences below the limit on it, or a policy or scores that are damaged or
-            made for another model.
+            number of sequences below the limit on it, lengths to run a plan at without weights,
+            or a policy or scores that are damaged or made for another model.
     """
     _check_layers(request)
     _check_sequences(request)
@@ -30,6 +30,12 @@ def check_request(request: SearchRequest) -> None:
         read_policy(start).bind(request.shape.layers, request.shape.kv_heads)
     if request.starts and not request.has_weights:
         raise no_head_is_known(request)
+    if request.lengths and not request.has_weights:
+        raise KvtuneError(
+            f"--lengths runs the plan on other prompts, and no weights of {request.shape.name} are "
+            "at hand",
+            hint="give the model's weights (--model PATH), or leave out --lengths.",
+        )
     if request.heads is not None:
         scores_of(request)
 

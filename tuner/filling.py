@@ -70,11 +70,13 @@ class Filling:
     def filled(self, allocator: Allocator, method: Method, form: Format) -> Filled | None:
         """The largest budget that fits; None where not even a token a head does."""
         context = self.context
+        shortest = min(context, self.question.tables.prompt_tokens)
 
         def alone(tokens: int) -> Policy:
             """For one head; all of them have as much before budgets are divided."""
             if tokens < context:
-                option = Option(method, Budget(share=tokens / context), form, form)
+                budget = Budget(share=tokens / context).with_floor(shortest)
+                option = Option(method, budget, form, form)
                 return Policy.uniform(option, 1, 1, allocator=allocator)
             return Policy.uniform(Option(Full(), ALL, form, form), 1, 1, allocator=AsGiven())
 

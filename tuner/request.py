@@ -50,6 +50,8 @@ class SearchRequest:
         moved_bytes: that a decode step may bring over from the host of each sequence's prompt;
             None where all of it lies on the device.
         heads: a file of head scores, by which plans are made that are run live beside the others.
+        lengths: prompt tokens that the chosen plan is also run at, where the weights are at hand;
+            None for the context on a GPU, and for none on a CPU.
         texts: the user's own .txt or .jsonl files, searched and evaluated on instead.
     """
 
@@ -81,6 +83,7 @@ class SearchRequest:
     moved_bytes: int | None = None
     heads: Path | None = None
     texts: tuple[Path, ...] = ()
+    lengths: tuple[int, ...] | None = None
 
     @property
     def has_weights(self) -> bool:

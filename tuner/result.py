@@ -15,6 +15,7 @@ from kvtune.common.estimate import Estimate, Tier, checked_estimate
 from kvtune.policies.policy import Policy
 from kvtune.simulator.memory.at_once import prompts_at_once
 from kvtune.simulator.memory.plan import MemoryPlan
+from kvtune.tuner.lengths import LossAt
 from kvtune.tuner.request import SearchRequest
 
 if TYPE_CHECKING:
@@ -194,6 +195,8 @@ class Figures:
         provenance: versions, seeds, hashes.
         on_stack: the plan as the stack runs it that ``quality`` is of, where that is another than
             kvtune's own runtime, in which ``baselines`` ran; or None.
+        other_lengths: the plan's loss on prompts of other lengths, shortest first: of those that
+            it was run at, and of its context.
     """
 
     front: tuple[FrontPoint, ...]
@@ -215,6 +218,7 @@ class Figures:
     notes: tuple[str, ...]
     provenance: dict[str, Any]
     on_stack: Baseline | None = None
+    other_lengths: tuple[LossAt, ...] = ()
 
     @property
     def plan(self) -> Baseline:
@@ -277,7 +281,7 @@ def _plain(value: Any) -> Any:
     """A value as JSON data."""
     if isinstance(value, (Estimate, Quality)):
         return value.as_dict()
-    if isinstance(value, (FrontPoint, Baseline)):
+    if isinstance(value, (FrontPoint, Baseline, LossAt)):
         return {name: _plain(each) for name, each in vars(value).items()}
     if isinstance(value, tuple):
         return [_plain(each) for each in value]

@@ -59,6 +59,7 @@ def _document(result: SearchResult) -> PolicyDocument:
             seed=request.seed,
             memory=result.memory.as_dict(),
             latency=result.latency.as_dict(),
+            other_lengths={str(at.prompt_tokens): at.kl.as_dict() for at in result.other_lengths},
         ),
         serving=Serving(
             weights=result.budget.weight_format,
@@ -77,7 +78,7 @@ def _baseline_document(plan: PolicyDocument, baseline: Baseline, policy: Policy)
     assert made is not None  # noqa: S101 - written above
     assert made.quality is not None  # noqa: S101
     quality = replace(made.quality, kl_nats_per_token=baseline.best, stack="")
-    provenance = replace(made, quality=quality, memory={}, latency={})
+    provenance = replace(made, quality=quality, memory={}, latency={}, other_lengths={})
     return replace(plan, policy=_short(replace(policy, name=baseline.name)), provenance=provenance)
 
 

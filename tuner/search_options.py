@@ -15,6 +15,7 @@ from kvtune.tuner.target import (
     USUAL_CONTEXT,
     Target,
     read_context_range,
+    read_lengths,
     read_target,
     read_texts,
     read_weights,
@@ -63,6 +64,8 @@ class SearchOptions(TypedDict, total=False):
             others, where the model's weights are at hand.
         moved_bytes: that a decode step may bring over from the host of each sequence's prompt; with
             it heads may lie there.
+        lengths: prompt tokens that the chosen plan is also run at: ``"2k,8k"``; left out, the
+            context on a GPU, none on a CPU.
         texts: your own .txt or .jsonl files, instead of the built-in ones.
         stand_in: uses the packaged tables even where weights are at hand.
         seed: of everything that is drawn, 0.
@@ -90,6 +93,7 @@ class SearchOptions(TypedDict, total=False):
     moved_bytes: Amount | None
     heads: Path | str | None
     texts: Iterable[Path | str]
+    lengths: str | None
     stand_in: bool
     seed: int
     device: str | None
@@ -152,6 +156,7 @@ def search_request(
         moved_bytes=None if moved is None else parse_bytes(moved),
         heads=None if heads is None else Path(heads),
         texts=read_texts(options.get("texts", ())),
+        lengths=read_lengths(options.get("lengths"), target.shape),
     )
     from kvtune.tuner.checks import check_request
 

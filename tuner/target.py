@@ -153,6 +153,17 @@ def read_context(amount: Amount, shape: ModelShape) -> int:
     return tokens
 
 
+def read_lengths(listed: str | None, shape: ModelShape) -> tuple[int, ...] | None:
+    """Prompt lengths from ``2k,8k``, each once, no longer than the model takes; None of none.
+
+    Raises:
+        KvtuneError: one is no number of tokens, or too long.
+    """
+    if listed is None:
+        return None
+    return tuple(dict.fromkeys(read_context(each.strip(), shape) for each in listed.split(",")))
+
+
 def usual_context(shape: ModelShape, generated_tokens: int) -> int:
     """Prompt tokens where none are asked for: 8192, or what a shorter model leaves for a prompt."""
     left = shape.max_context - generated_tokens

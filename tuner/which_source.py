@@ -22,8 +22,17 @@ def quality_source(
 ) -> tuple[QualitySource, tuple[str, ...]]:
     """The model's own trace where its weights are at hand, else the packaged stand-in.
 
-    What is wrong with texts of the user's own is told: a stand-in reads none.
+    What is wrong with texts of the user's own is told: a stand-in reads none. Shares have floors:
+    of prompts shorter than the samples' a head keeps no fewer tokens than of those.
     """
+    source, notes = _source(request, progress, beside)
+    return replace(source, tables=source.tables.with_floors()), notes
+
+
+def _source(
+    request: SearchRequest, progress: Progress, beside: Beside | None
+) -> tuple[QualitySource, tuple[str, ...]]:
+    """Likewise, with shares of the prompt alone, as tables are kept."""
     if not request.has_weights:
         reason = "asked for" if request.stand_in else f"no weights of {request.shape.name} at hand"
         return _stand_in(request, reason)

@@ -213,13 +213,17 @@ def choose(option: dict[str, Any], query: Tensor, key: Tensor, scale: float) -> 
     return (tokens - 1 - newest_first).sort(-1).values
 
 
-def resolve(budget: float | None, tokens: int) -> int:
-    """Tokens of a budget: a whole number, a share of the prompt (a float), or None for all."""
+def resolve(budget: float | list[float] | None, tokens: int) -> int:
+    """Tokens of a budget: a whole number, a share of the prompt (a float), or None for all.
+
+    A list is a share and the tokens that it keeps at least.
+    """
     if budget is None:
         return tokens
     if isinstance(budget, int):
         return min(budget, tokens)
-    return min(max(round(budget * tokens), 1), tokens)
+    share, floor = budget if isinstance(budget, list) else (budget, 1)
+    return int(min(max(round(share * tokens), floor, 1), tokens))
 
 
 Scored = tuple[int, int, Tensor]  # tokens protected at the start and at the end, scores [B, P]

@@ -89,6 +89,8 @@ class Provenance(_Portable):
         seed: of the search.
         memory: figures as plain data, ``Estimate.as_dict`` each.
         latency: likewise.
+        other_lengths: loss on prompts of other lengths than ``quality`` was measured on, likewise,
+            by prompt tokens.
     """
 
     quality: Quality | None = None
@@ -97,6 +99,7 @@ class Provenance(_Portable):
     seed: int | None = None
     memory: dict[str, Any] = field(default_factory=dict)
     latency: dict[str, Any] = field(default_factory=dict)
+    other_lengths: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

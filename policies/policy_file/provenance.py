@@ -12,13 +12,13 @@ from kvtune.policies.policy_file.parts import Provenance, Quality
 
 def read_provenance(check: Checker, node: Node) -> Provenance | None:
     """The section; None where it has mistakes, which are noted."""
-    known = ("quality", "kvtune", "trace", "seed", "memory", "latency")
+    known = ("quality", "kvtune", "trace", "seed", "memory", "latency", "other_lengths")
     entries = check.mapping(node, known)
     values: dict[str, Any] = {}
     for key, entry in entries.items():
         if key == "quality":
             values[key] = _quality(check, entry)
-        elif key in ("memory", "latency"):
+        elif key in ("memory", "latency", "other_lengths"):
             values[key] = _figures(check, entry)
         else:
             values[key] = check.value(entry, int if key == "seed" else str)

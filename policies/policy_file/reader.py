@@ -28,7 +28,7 @@ from kvtune.policies.policy_file.provenance import read_provenance
 
 T = TypeVar("T")
 _LARGEST_SHAPE = 4096  # layers, or KV heads: bounds what aliases can stand for
-_PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?%")
+_PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?%(?: but at least ([0-9]{1,9}) tokens)?")
 _KEYS = (
     "kvtune_policy", "name", "model", "provenance", "serving",
     "options", "allocator", "policy", "layers", "heads",
@@ -156,8 +156,11 @@ class _Reader:
         percent = _PERCENT.fullmatch(value) if isinstance(value, str) else None
         share = Decimal(percent[1]).scaleb(-2) if percent else Decimal(0)
         if 0 < share <= 1:
-            return Budget(share=float(share))
-        hint = "write tokens (256), a share of the prompt (12.5%) or all."
+            return Budget(share=float(share), floor=int((percent and percent[2]) or 0))
+        hint = (
+            "write tokens (256), a share of the prompt (12.5%, or 12.5% but at least 224 tokens) "
+            "or all."
+        )
         if isinstance(value, float) and 0 < value <= 1:
             hint = f"a share is written with a percent sign: {100 * value:g}%."
         self.check.problem(node, f"{node.plain()!r} is no budget"[:100], hint)

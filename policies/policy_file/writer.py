@@ -14,8 +14,9 @@ from kvtune.policies.policy_file.parts import VERSION, Pattern, PolicyDocument, 
 HEADER = """\
 # A KV-cache policy for kvtune: which prompt tokens each KV head keeps, and how they are stored.
 # Edit it freely: kvtune simulate checks it, and names the line of every mistake.
-#   options    method (which tokens), budget (how many: 256, 12.5% of the prompt, or all), and the
-#              format of keys and values; a name alone, or {name: ..., parameter: ...}.
+#   options    method (which tokens), budget (how many: 256, 12.5% of the prompt, 12.5% but at least
+#              224 tokens, or all), and the format of keys and values; a name alone, or
+#              {name: ..., parameter: ...}.
 #              tier: host keeps the prompt in the host's memory, from where steps fetch it.
 #              What is left out is: method full, budget all, keys bf16, values bf16, tier device.
 #   policy     one option everywhere; layers: {0: a, 5: [a, b, a]} then names exceptions.
@@ -86,14 +87,15 @@ def component(thing: Any) -> Any:
 
 
 def budget_text(budget: Budget) -> int | str:
-    """256, ``12.5%`` or ``all``; exact, unlike the label."""
+    """256, ``12.5%``, ``12.5% but at least 224 tokens`` or ``all``; exact, unlike the label."""
     if budget.tokens is not None:
         return budget.tokens
     if budget.share is None:
         return "all"
     percent = Decimal(repr(budget.share)).scaleb(2)
     text = format(percent, "f")
-    return (text.rstrip("0").rstrip(".") if "." in text else text) + "%"
+    share = (text.rstrip("0").rstrip(".") if "." in text else text) + "%"
+    return f"{share} but at least {budget.floor} tokens" if budget.floor else share
 
 
 def _option(option: Option) -> dict[str, Any]:

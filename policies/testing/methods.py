@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvtune.policies import ragged
 from kvtune.policies.method import Method, ScoredMethod
+from kvtune.policies.option import Option
 from kvtune.policies.parts import VIRTUAL, entries_of
 from kvtune.policies.reader import Held
 from kvtune.policies.testing.cases import (
@@ -249,6 +250,16 @@ def work_is_declared(method: Method, case: Case) -> None:
         assert 0 <= value <= getattr(longer, each.name)
 
 
+def shorter_prompts_take_no_more_bytes(method: Method, case: Case) -> None:
+    """With as many tokens, or all of its own: budgets with a floor are reserved by this."""
+    option = Option(method)
+    held = [
+        option.footprint(min(case.budget, tokens), tokens, case.head_dim)
+        for tokens in range(1, case.prompt_tokens + 1)
+    ]
+    assert held == sorted(held), "a shorter prompt with the same budget takes more bytes"
+
+
 MethodCheck = Callable[[Method, Case], None]
 METHOD_CHECKS: tuple[MethodCheck, ...] = (
     keeps_ascending_indices_within_the_budget,
@@ -264,4 +275,5 @@ METHOD_CHECKS: tuple[MethodCheck, ...] = (
     needs_are_honest,
     merging_changes_only_what_is_kept,
     work_is_declared,
+    shorter_prompts_take_no_more_bytes,
 )

@@ -93,11 +93,12 @@ def _replay_sample(
         every = range(trace.geometry.layers)
         read.update(zip(every, ahead(load, every, readers), strict=True))
     budgets = [policy.settle(sample.prompt, prompt) for policy in policies]
-    waiting = ahead(load, [index for index in layers if index not in read], readers)
+    known = frozenset(read)  # a linked layer that is asked for below is read besides
+    waiting = ahead(load, [index for index in layers if index not in known], readers)
     total: torch.Tensor | float = 0.0
     probes = 1
     for index in layers:
-        layer = read.pop(index) if index in read else next(waiting)
+        layer = read.pop(index) if index in known else next(waiting)
         probes = layer.probes.shape[0]
         options = [option for policy in policies for option in policy.heads[index]]
         signals = linked(layer.signals, options, trace.geometry.layers, prompt)

@@ -117,6 +117,15 @@ class Tables:
             factor=self.factor[:, :, picked],
         )
 
+    def with_floors(self) -> Tables:
+        """The same options, which keep of prompts shorter than the samples' no fewer tokens.
+
+        On prompts as long as the samples' they keep what they did, so that losses are the same.
+        """
+        kept = self.prompt_tokens
+        options = (replace(o, budget=o.budget.with_floor(kept)) for o in self.options)
+        return replace(self, options=tuple(options))
+
     def sample_weights(self, emphasis: Mapping[str, float] | None = None) -> Floats:
         """Every kind of text counts alike, however many samples it has; sums to one, ``[n]``.
 

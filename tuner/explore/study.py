@@ -208,7 +208,8 @@ class Study:
 
 
 def _as_share(option: Option, prompt_tokens: int) -> Option:
-    """A budget in tokens of the samples' prompts, carried over to prompts of other lengths."""
+    """A budget in tokens of the samples' prompts, carried over to longer prompts as a share."""
     if option.budget.tokens is None:
         return option
-    return replace(option, budget=Budget(share=min(option.budget.tokens / prompt_tokens, 1.0)))
+    share = Budget(share=min(option.budget.tokens / prompt_tokens, 1.0))
+    return replace(option, budget=share.with_floor(prompt_tokens))

@@ -119,13 +119,19 @@ _NOTES = (
 
 
 def _plain(option: Option) -> dict[str, Any]:
-    budget = option.budget
     return {
         "method": _parameters(option.method),
-        "budget": budget.tokens if budget.tokens is not None else budget.share,
+        "budget": _plain_budget(option.budget),
         "keys": _parameters(option.keys),
         "values": {k: v for k, v in _parameters(option.values).items() if k != "keys_by"},
     }
+
+
+def _plain_budget(budget: Budget) -> int | float | list[float] | None:
+    """Tokens, a share, a share and the tokens that it keeps at least, or None for all."""
+    if budget.tokens is not None or not budget.floor:
+        return budget.tokens if budget.tokens is not None else budget.share
+    return [float(budget.share or 0), budget.floor]
 
 
 def _parameters(thing: Method | Format) -> dict[str, Any]:

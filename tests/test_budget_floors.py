@@ -1,0 +1,122 @@
+"""Shares with a floor: of shorter prompts a head keeps as many tokens as where it was found."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+
+from kvtune.common.errors import KvtuneError
+from kvtune.policies.export import exported_cache
+from kvtune.policies.export.exporters.transformers import Transformers
+from kvtune.policies.format import formats
+from kvtune.policies.method import methods
+from kvtune.policies.methods.snapkv import SnapKV
+from kvtune.policies.methods.streaming_llm import StreamingLLM
+from kvtune.policies.option import ALL, Budget, Option
+from kvtune.policies.policy import Policy
+from kvtune.policies.policy_file.document import (
+    ModelFacts,
+    PolicyDocument,
+    read_policy,
+    write_policy,
+)
+from kvtune.tuner.left_out import LEFT_OUT
+
+FOUND = 896  # prompt tokens where the shares were chosen
+SHARES = (1 / 64, 0.03, 1 / 8, 0.3, 1.0)
+
+
+def lengths(count: int = 60) -> list[int]:
+    drawn = random.Random(5)  # noqa: S311 - test data
+    return sorted(
+        {1, 2, FOUND - 1, FOUND, FOUND + 1, *(drawn.randint(1, 9000) for _ in range(count))}
+    )
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_a_floor_keeps_of_shorter_prompts_as_many_tokens_as_there_are(share: float) -> None:
+    alone, floored = Budget(share=share), Budget(share=share).with_floor(FOUND)
+    there = alone.resolve(FOUND)
+    for tokens in lengths():
+        kept = floored.resolve(tokens)
+        if tokens >= FOUND:
+            assert kept == alone.resolve(tokens)
+        else:
+            assert kept == min(tokens, there)
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_longer_prompts_never_keep_fewer_tokens(share: float) -> None:
+    kept = [Budget(share=share).with_floor(FOUND).resolve(tokens) for tokens in lengths()]
+    assert kept == sorted(kept)
+
+
+def test_budgets_in_tokens_and_whole_prompts_need_no_floor() -> None:
+    assert Budget(tokens=64).with_floor(FOUND) == Budget(tokens=64)
+    assert ALL.with_floor(FOUND) == ALL
+    assert Budget(share=0.25).with_floor(FOUND) != Budget(share=0.25)
+
+
+@pytest.mark.parametrize("name", sorted(set(methods()) - set(LEFT_OUT)))
+def test_no_shorter_prompt_takes_more_bytes_than_where_the_share_was_found(name: str) -> None:
+    option = Option(methods()[name](), Budget(share=0.125).with_floor(FOUND))
+    most = option.ledger(option.budget.resolve(FOUND), FOUND, 64).resident_bytes
+    for tokens in lengths(20):
+        if tokens < FOUND:
+            held = option.ledger(option.budget.resolve(tokens), tokens, 64).resident_bytes
+            assert held <= most, (name, tokens)
+
+
+def test_a_policys_bytes_are_those_of_each_heads_own_tokens() -> None:
+    """Against a straight sum over heads with budgets that are written out in tokens."""
+    drawn = random.Random(3)  # noqa: S311 - test data
+    kinds = [form() for name, form in sorted(formats().items()) if name in ("bf16", "int4", "int8")]
+    for tokens in lengths(12):
+        heads = tuple(
+            tuple(
+                Option(SnapKV(), Budget(share=drawn.choice(SHARES)).with_floor(FOUND), form, form)
+                for form in drawn.choices(kinds, k=2)
+            )
+            for _ in range(3)
+        )
+        policy = Policy("floors", heads)
+        total = 4 * 6  # a length a head
+        for option in policy.options():
+            share = Budget(share=option.budget.share)
+            kept = max(share.resolve(tokens), min(share.resolve(FOUND), tokens))
+            written_out = replace(option, budget=Budget(tokens=kept))
+            total += written_out.footprint(kept, tokens, 64)
+        assert policy.footprint(tokens, 64) == total
+
+
+def document(budget: Budget) -> PolicyDocument:
+    options = (Option(SnapKV(), budget), Option(StreamingLLM(), Budget(share=0.5)))
+    return PolicyDocument(Policy("p", (options,) * 2), ModelFacts("tiny", 2, 2, 64))
+
+
+def test_a_policy_file_keeps_the_floor() -> None:
+    written = document(Budget(share=0.125).with_floor(FOUND))
+    text = write_policy(written)
+    assert "budget: 12.5% but at least 112 tokens" in text
+    assert read_policy(text) == written
+    assert read_policy(text).policy != document(Budget(share=0.125)).policy
+
+
+@pytest.mark.parametrize("budget", ["12.5% but at least tokens", "12.5% at least 12 tokens"])
+def test_a_floor_that_is_written_otherwise_is_told_how(budget: str) -> None:
+    with pytest.raises(KvtuneError) as error:
+        read_policy(f"kvtune_policy: 1\npolicy: {{method: snapkv, budget: {budget}}}\n")
+    assert "12.5% but at least 224 tokens" in str(error.value) + str(error.value.hint)
+
+
+def test_the_exported_cache_keeps_as_many_tokens() -> None:
+    budget = Budget(share=0.125).with_floor(FOUND)
+    made = Transformers().export(document(budget), context_tokens=2 * FOUND)
+    options = json.loads(made.files["kv_cache.json"])["options"].values()
+    plain = {option["method"]["name"]: option["budget"] for option in options}
+    assert plain == {"snapkv": [0.125, 112], "streaming_llm": 0.5}
+    for tokens in lengths():
+        assert exported_cache.resolve(plain["snapkv"], tokens) == budget.resolve(tokens)
