@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import product
 from operator import or_
@@ -16,6 +16,7 @@ from kvtune.policies.formats.rotated import RotatedInt2, RotatedInt3, RotatedInt
 from kvtune.policies.formats.turboquant import TurboQuant2, TurboQuant3, TurboQuant4
 from kvtune.policies.method import Method, methods
 from kvtune.policies.methods.a2sf import A2SF, PREFILL
+from kvtune.policies.methods.attention_matching import AttentionMatching
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.landmark import Landmark
@@ -92,6 +93,9 @@ LAPTOP = Menu(
     ),
 )
 """76 options, sinks in 16 bits among them, that two CPU cores replay in half a minute."""
+
+FEW = replace(LAPTOP, methods=(*METHODS, AttentionMatching()))
+"""The laptop's, and the one method that most lowers what the three lose together."""
 
 FULL = Menu(
     METHODS,
