@@ -98,9 +98,7 @@ def read(typed: Typed) -> tuple[Asked, Engine | LlamaEngine | None]:
     )
 
 
-def _as_searched(
-    typed: Typed, document: PolicyDocument | None
-) -> tuple[Typed, tuple[str, ...]]:
+def _as_searched(typed: Typed, document: PolicyDocument | None) -> tuple[Typed, tuple[str, ...]]:
     """The card and the memory limit as the policy's search had them, as far as neither was typed.
 
     A limit is taken with its own card alone.

@@ -59,6 +59,11 @@ _FLATTENED = (
     "known; kvtune search --for STACK finds the best plan that it can run"
 )
 
+_PROOF = (
+    "proof: how far such files were tried: ran on the stack, parsed by the stack's own code, or "
+    "held against a mirror of its schema"
+)
+
 
 def command(
     policy: options.PolicyFile,
@@ -137,7 +142,7 @@ def _compare(
                     for row in rows
                 ],
                 left=(0, 3, 4),
-                caption=_FLATTENED if flattened else "",
+                caption=f"{_PROOF}\n{_FLATTENED}" if flattened else _PROOF,
             ),
             *(f"note: {note}" for note in notes),
         )

@@ -32,6 +32,10 @@ from kvtune.tuner.left_out import LEFT_OUT
 Pair = tuple[Format, Format]
 
 
+WEIGHTED_BY: tuple[WeightedKeys, ...] = (WeightedKeys("snapkv"), WeightedKeys("h2o"))
+"""Rules around what chooses tokens, for formats that divide bits among channels."""
+
+
 @dataclass(frozen=True)
 class Menu:
     """Methods x shares of the prompt x (key, value) formats, and everything kept in each format.
@@ -40,42 +44,54 @@ class Menu:
         methods: whom to keep.
         shares: of the prompt's tokens, below 1.
         formats: for keys and values.
-        weighted: formats for keys that ``weighted_keys`` scales, around ``WEIGHTED_BY``.
+        weighted: formats for keys that ``weighted_keys`` scales, around ``weighted_by``.
+        weighted_by: that choose tokens for those formats.
+        more: menus whose options this one has too, such as a method at small shares alone.
     """
 
     methods: tuple[Method, ...]
     shares: tuple[float, ...]
     formats: tuple[Pair, ...]
     weighted: tuple[Pair, ...] = ()
+    weighted_by: tuple[WeightedKeys, ...] = WEIGHTED_BY
+    more: tuple[Menu, ...] = ()
 
     def options(self) -> tuple[Option, ...]:
         """All options, those that keep every token last; none that the runtime would refuse to
         read by pages."""
-        evicting = [
+        menus = (self, *self.more)
+        evicting = [option for menu in menus for option in menu._evicting()]
+        whole = [option for menu in menus for option in menu._whole()]
+        return tuple(dict.fromkeys((*evicting, *whole)))
+
+    def _evicting(self) -> list[Option]:
+        """Options that keep some tokens, without those of ``more``."""
+        chosen = [
             *product(self.methods, self.shares, self.formats),
-            *product(WEIGHTED_BY, self.shares, self.weighted),
+            *product(self.weighted_by, self.shares, self.weighted),
         ]
-        chosen = (Option(method, Budget(share=share), *pair) for method, share, pair in evicting)
-        return (
-            *(option for option in chosen if not ranks_without_newest(option)),
+        options = (Option(method, Budget(share=share), *pair) for method, share, pair in chosen)
+        return [option for option in options if not ranks_without_newest(option)]
+
+    def _whole(self) -> list[Option]:
+        """Options that keep every token, without those of ``more``."""
+        return [
             *(Option(Full(), ALL, *pair) for pair in self.formats),
             *(Option(WeightedKeys(), ALL, *pair) for pair in self.weighted),
-        )
+        ]
 
     @property
     def needs(self) -> Needs:
         """The signals that its methods read together: what a trace has to hold."""
-        weighted = WEIGHTED_BY if self.weighted else ()
-        return reduce(or_, (method.needs for method in (*self.methods, *weighted)), Needs())
+        weighted = self.weighted_by if self.weighted else ()
+        own = [method.needs for method in (*self.methods, *weighted)]
+        return reduce(or_, (*own, *(menu.needs for menu in self.more)), Needs())
 
 
 def alike(formats: Sequence[Format]) -> tuple[Pair, ...]:
     """The same format for keys and values."""
     return tuple((form, form) for form in formats)
 
-
-WEIGHTED_BY: tuple[WeightedKeys, ...] = (WeightedKeys("snapkv"), WeightedKeys("h2o"))
-"""Rules around what chooses tokens, for formats that divide bits among channels."""
 
 SMALL_SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 METHODS: tuple[Method, ...] = (SnapKV(), H2O(), StreamingLLM())
@@ -93,9 +109,6 @@ LAPTOP = Menu(
     ),
 )
 """76 options, sinks in 16 bits among them, that two CPU cores replay in half a minute."""
-
-FEW = replace(LAPTOP, methods=(*METHODS, AttentionMatching()))
-"""The laptop's, and the one method that most lowers what the three lose together."""
 
 FULL = Menu(
     METHODS,
@@ -131,6 +144,18 @@ WEIGHTED: tuple[Pair, ...] = (
 )
 """Bits by channel behind ``weighted_keys``, which that menu has too: 3.2 and 2.3 bits, everything
 counted, that lose less than all others of so many."""
+
+FEW = replace(
+    LAPTOP,
+    more=(
+        Menu((AttentionMatching(select="h2o"),), SMALL_SHARES[:4], LAPTOP.formats),
+        Menu((), SMALL_SHARES[2:], (), WEIGHTED, (WeightedKeys("h2o"),)),
+    ),
+)
+"""110 options: the laptop's, fitted values at small shares, and bits by channel at larger ones.
+
+What lowers the laptop's losses most for the time that it takes two CPU cores: on SmolLM2 another
+half of a minute (``benchmarks/results/menu-times-cpu.json``)."""
 
 READERS: tuple[Method, ...] = (Quest(block=64), Landmark(block=64))
 """Beside the three, where a search limits what is read; their blocks are the runtime's pages."""

@@ -33,6 +33,7 @@ from kvtune.tuner.sources import QualitySource
 from kvtune.tuner.stand_in_rules import Offer, offers_of, rule_points
 from kvtune.tuner.starts import start_points
 from kvtune.tuner.trials import study_trials
+from kvtune.tuner.which_menu import with_menu
 from kvtune.tuner.which_source import quality_source
 
 
@@ -44,8 +45,9 @@ def run_search(request: SearchRequest, progress: Progress | None = None) -> Sear
     """
     progress = progress or Silent()
     check_request(request)
+    request, reason = with_menu(request)
     with locked(request.run_dir):
-        return _finished(request, progress) or _search(request, progress)
+        return _finished(request, progress) or _search(request, progress, reason)
 
 
 def _finished(request: SearchRequest, progress: Progress) -> SearchResult | None:
@@ -72,8 +74,17 @@ def _made_before(run_dir: Path) -> str:
     return f", but not that of its {' and '.join(made)}: make them again"
 
 
-def _search(request: SearchRequest, progress: Progress) -> SearchResult:
+def _search(request: SearchRequest, progress: Progress, menu: str) -> SearchResult:
+    """Search from the beginning, or from where it was interrupted.
+
+    Args:
+        request: what is asked.
+        progress: told of every stage.
+        menu: why the request has the menu that it has, or "".
+    """
     budgets = budgets_of(request)
+    if menu:
+        progress.note(menu)
     source, notes = quality_source(request, progress)
     notes = (*notes, *notes_on(request, budgets))
     if request.moved_bytes is not None:
