@@ -9,6 +9,7 @@ import typer
 
 from kvtune.cli import options
 from kvtune.cli.output import speaking, table
+from kvtune.cli.wording import PROOF
 from kvtune.common.errors import KvtuneError
 
 if TYPE_CHECKING:
@@ -57,11 +58,6 @@ StrictOption = Annotated[
 _FLATTENED = (
     "not the plan's: the stack runs something else in an arithmetic of its own, whose loss is not "
     "known; kvtune search --for STACK finds the best plan that it can run"
-)
-
-_PROOF = (
-    "proof: how far such files were tried: ran on the stack, parsed by the stack's own code, or "
-    "held against a mirror of its schema"
 )
 
 
@@ -142,7 +138,7 @@ def _compare(
                     for row in rows
                 ],
                 left=(0, 3, 4),
-                caption=f"{_PROOF}\n{_FLATTENED}" if flattened else _PROOF,
+                caption=f"{PROOF}\n{_FLATTENED}" if flattened else PROOF,
             ),
             *(f"note: {note}" for note in notes),
         )

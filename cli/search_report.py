@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from kvtune.cli.front_report import formats_found, front_table, weights_table
 from kvtune.cli.inputs import POLICY_FILE
 from kvtune.cli.output import one_line, table
-from kvtune.cli.tables import BRACKETS, bf16_tokens, budget_table
+from kvtune.cli.tables import bf16_tokens, budget_table
 from kvtune.cli.timed import times_table
+from kvtune.cli.wording import BRACKETS, LABELS
 from kvtune.common.estimate import BAND
 from kvtune.common.units import MIB, format_bytes, format_tokens
 from kvtune.common.words import accuracy, count, figure, percent
@@ -119,6 +120,7 @@ def _baselines(result: SearchResult, comparison: str) -> RenderableType:
         *_on_rules_that_ran(result),
         f"{_caption(result)}, {result.quality.samples} held-out samples",
         f"KL in nats/token {intervals}, MiB of one prompt; * is the plan",
+        *([LABELS] if any("int" in baseline.name for baseline in result.baselines) else []),
         *([f"retrieval of the full cache: {accuracy(full)}"] if full else []),
     ]
     plan, *others = result.baselines

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from kvtune.cli.output import table
+from kvtune.cli.wording import BRACKETS
 from kvtune.common.estimate import Estimate, exact
 from kvtune.common.units import GB, GIB, format_tokens
 from kvtune.common.words import count, figure, percent
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
 
     from kvtune.simulator.cost import Cost
     from kvtune.simulator.memory.plan import MemoryPlan
-
-
-BRACKETS = "[a, b]: an interval that should hold the true value"
 
 
 def budget_table(budget: MemoryPlan, quality: str) -> RenderableType:
@@ -36,13 +34,13 @@ def budget_table(budget: MemoryPlan, quality: str) -> RenderableType:
         ("", "GiB", "interval", "tier", ""),
         [(name, *_gib(part), words) for name, part, words in parts],
         left=(0, 2, 3, 4),
-        caption=f"quality: {quality}; GiB of 2^30 bytes; {BRACKETS}",
+        caption=f"quality: {quality}; {BRACKETS}",
     )
 
 
 def _as_typed(limit: int) -> str:
     """A limit that is round in GB, where the table's GiB are not what was typed."""
-    return "" if limit % GB or not limit % GIB else f"{limit // GB}GB, of 10^9 bytes each"
+    return "" if limit % GB or not limit % GIB else f"{limit // GB} GB of 10^9 bytes; GiB have 2^30"
 
 
 def bf16_tokens(number: int | None) -> str:
