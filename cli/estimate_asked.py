@@ -108,7 +108,8 @@ def _as_searched(typed: Typed, document: PolicyDocument | None) -> tuple[Typed, 
     if typed.policy is None or document is None or any(typed.figures):
         return typed, ()
     taken, notes = searched_on(typed.policy, document, typed.gpu, typed.mem)
-    return replace(typed, **taken), notes
+    gpu, mem = taken.get("gpu", typed.gpu), taken.get("mem", typed.mem)
+    return replace(typed, gpu=gpu, mem=mem), notes
 
 
 def _most_sharing(typed: Typed) -> int:
