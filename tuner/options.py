@@ -152,10 +152,10 @@ FEW = replace(
         Menu((), SMALL_SHARES[2:], (), WEIGHTED, (WeightedKeys("h2o"),)),
     ),
 )
-"""110 options: the laptop's, fitted values at small shares, and bits by channel at larger ones.
+"""102 options: the laptop's, fitted values at small shares, and bits by channel at larger ones.
 
-What lowers the laptop's losses most for the time that it takes two CPU cores: on SmolLM2 another
-half of a minute (``benchmarks/results/menu-times-cpu.json``)."""
+Of what was tried, these lower the laptop's predicted losses most for what they cost: 105 processor
+seconds more in a search of SmolLM2 (``benchmarks/results/menu-times-cpu.json``)."""
 
 READERS: tuple[Method, ...] = (Quest(block=64), Landmark(block=64))
 """Beside the three, where a search limits what is read; their blocks are the runtime's pages."""

@@ -24,9 +24,11 @@ ADDED_S, ADDED_SHARE = 60.0, 0.5
 """What a wider menu may add on a CPU: so many seconds, or so much of what the search takes."""
 
 _MOST_CORES = 4  # how much more of them shorten a search was not measured
-_PASSES_S = 225 / (134.5e6 * 9 * 1024)  # a parameter and token: search-stages-cpu.json
-_REPLAY_S = {"three": 0.15, "few": 0.45, "all": 5.0}  # a layer of a sample: menu-times-cpu.json
-_SIGNALS_S = {"three": 1.0, "few": 1.0, "all": 1.5}  # times the passes, which record more
+_REPLAY_S = {"three": 0.12, "few": 0.51, "all": 4.4}  # a layer of a sample: menu-times-cpu.json
+_PASSES_S = (335 - 0.12 * 270) / (134.5e6 * 9 * 1024)
+"""A parameter and token, all runs of the model together: what ``search-stages-cpu.json`` has beside
+270 replays."""
+_SIGNALS_S = {"three": 1.0, "few": 1.0, "all": 1.3}  # times the passes: menu-times-cpu.json
 _TRYING_S = 79.0  # all methods on a few layers: screening-cpu.json
 _REPLAYED = 9 * 128 * 896  # query heads, observed and prompt tokens of what was measured
 _TRIED_LAYERS = 30

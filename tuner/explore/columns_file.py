@@ -107,7 +107,7 @@ def _digest_of_columns(arrays: dict[str, Any]) -> str:
     found = hashlib.sha256()
     for name in sorted(arrays):
         found.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
-        found.update(np.ascontiguousarray(arrays[name]))
+        found.update(np.ascontiguousarray(arrays[name]).tobytes())
     return found.hexdigest()
 
 
