@@ -9,8 +9,8 @@ follows it. Every search begins with nothing captured, in a folder of its own th
 stage the functions that it spent most of its Python time in, which makes it slower. ``--large``
 adds a search with the small workload on a model of 7.4 billion random weights: Llama-3.1-8B's
 shape with SmolLM2's vocabulary, saved first, so that loading it counts. What is done is written
-after every stage; no stage is begun after ``--seconds``. ``--menu`` names the methods, ``three`` unless it
-is given, so that runs can be held against each other.
+after every stage; no stage is begun after ``--seconds``. ``--menu`` names the methods, ``three``
+unless it is given, so that runs can be held against each other.
 """
 
 from __future__ import annotations

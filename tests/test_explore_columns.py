@@ -156,3 +156,16 @@ def test_damaged_columns_of_an_earlier_search_are_written_anew(kept: Path) -> No
     (kept / COLUMNS_FILE).write_bytes(b"damaged")
     StudyReader(kept).keep_columns()
     assert (kept / COLUMNS_FILE).read_bytes() == good
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"trials": "many"}', '{"model": 4}'])
+def test_a_study_with_a_damaged_configuration_is_refused(kept: Path, content: str) -> None:
+    path = kept / "config.json"
+    path.write_text(content)
+    with pytest.raises(KvtuneError) as caught:
+        StudyReader(kept).read()
+    assert caught.value.where == str(path)
+    assert caught.value.hint is not None
+    assert caught.value.hint.startswith("run the same search again")
+    path.write_text('{"model": "./mine", "of a later version": 1}')
+    assert len(StudyReader(kept).read().plans) == 9
