@@ -47,7 +47,10 @@ def run_search(request: SearchRequest, progress: Progress | None = None) -> Sear
     check_request(request)
     request, reason = with_menu(request)
     with locked(request.run_dir):
-        return _finished(request, progress) or _search(request, progress, reason)
+        found = _finished(request, progress)
+        if found is None and reason:
+            progress.note(reason)
+        return found or _search(request, progress)
 
 
 def _finished(request: SearchRequest, progress: Progress) -> SearchResult | None:
@@ -74,17 +77,8 @@ def _made_before(run_dir: Path) -> str:
     return f", but not that of its {' and '.join(made)}: make them again"
 
 
-def _search(request: SearchRequest, progress: Progress, menu: str) -> SearchResult:
-    """Search from the beginning, or from where it was interrupted.
-
-    Args:
-        request: what is asked.
-        progress: told of every stage.
-        menu: why the request has the menu that it has, or "".
-    """
+def _search(request: SearchRequest, progress: Progress) -> SearchResult:
     budgets = budgets_of(request)
-    if menu:
-        progress.note(menu)
     source, notes = quality_source(request, progress)
     notes = (*notes, *notes_on(request, budgets))
     if request.moved_bytes is not None:
