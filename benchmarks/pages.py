@@ -78,6 +78,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "shown-first": quality_pages.shown_first,
     "strongest-first": quality_pages.strongest_first,
     "equal-bytes": quality_pages.equal_bytes,
+    "loss-scale": quality_pages.loss_scale,
     "by-kind": quality_pages.by_kind,
     "needles": quality_pages.needles,
     "ranking": quality_pages.ranking,

@@ -56,6 +56,30 @@ def shown_first() -> str:
     return table(head, map(row, SHARES))
 
 
+def loss_scale() -> str:
+    """Known settings by their loss, least first, and the needles that they find."""
+    curves = quality()["baseline_curves"]
+    rows = [
+        point
+        for family in ("kvzip", "uniform")
+        for point in curves[family]
+        if point["name"] != "uniform streaming_llm int3+4" and point["at"] >= 0.03
+    ]
+
+    def row(point: Figures) -> Sequence[str]:
+        found = f"{100 * point['digits']:.1f} %"
+        return f"{point['kl']:.2g}", f"{point['name']}", f"{100 * point['share']:.0f} %", found
+
+    full = 100 * rows[0]["full_digits"]
+    head = (
+        "loss, nats/token",
+        "setting",
+        "of the bf16 bytes",
+        f"digits right, of {full:.1f} % uncompressed",
+    )
+    return table(head, map(row, sorted(rows, key=lambda point: float(point["kl"]))))
+
+
 def equal_bytes() -> str:
     """The plan beside every family, with intervals."""
     goals = dict(zip(SHARES, ("2.4", "4", "7.5", "6.5"), strict=True))

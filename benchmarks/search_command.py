@@ -78,7 +78,7 @@ def _spent() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--menu", nargs="+", choices=("three", "all"), default=["three"])
+    parser.add_argument("--menu", nargs="+", choices=("three", "few", "all"), default=["three"])
     parser.add_argument("--words", default="", help="more options of the command, in one string")
     parser.add_argument("--seconds", type=float, default=7200.0, help="until a search is ended")
     parser.add_argument("--out", type=Path, required=True)

@@ -10,7 +10,8 @@ the plan is for, on a machine without one. ``--profile`` adds to each stage the 
 spent most of its Python time in, which makes it slower. ``--large`` adds a search with the small
 workload on a model of 7.4 billion random weights: Llama-3.1-8B's shape with SmolLM2's vocabulary,
 saved first, so that loading it counts. What is done is written after every stage; no stage is begun
-after ``--seconds``.
+after ``--seconds``. ``--menu`` names the methods, ``three`` unless it is given, so that runs can be
+held against each other.
 """
 
 from __future__ import annotations
@@ -214,6 +215,7 @@ def main() -> None:
     parser.add_argument("--mem", default="1GiB")
     parser.add_argument("--gpu")
     parser.add_argument("--workload", choices=("small", "full"), default="small")
+    parser.add_argument("--menu", choices=("auto", "three", "few", "all"), default="three")
     parser.add_argument("--device")
     parser.add_argument("--large", action="store_true", help="search for a large model too")
     parser.add_argument("--profile", action="store_true", help="functions that take the time")
@@ -233,7 +235,8 @@ def main() -> None:
         stages = Stages(lambda: write_json(arguments.out, found), deadline)
         with tempfile.TemporaryDirectory() as folder:
             asked = {"model": str(model), "gpu": arguments.gpu, "mem": mem, "workload": workload}
-            search(stages, case, Path(folder), arguments.profile, device=arguments.device, **asked)
+            asked |= {"menu": arguments.menu, "device": arguments.device}
+            search(stages, case, Path(folder), arguments.profile, **asked)
         write_json(arguments.out, found)
 
     if not arguments.tiny:

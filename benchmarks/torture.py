@@ -113,7 +113,8 @@ def fuzz(known: dict[str, Parser], seed: int, count: int, until: float, work: Pa
 def request(folder: Path) -> SearchRequest:
     """A small search."""
     shape, card = find_model("llama-8b"), find_gpu("4090")
-    return SearchRequest(shape.name, shape, card, 16 * 10**9, folder, trials=4, stand_in=True)
+    limit, asked = 16 * 10**9, {"trials": 4, "menu": "three", "stand_in": True}
+    return SearchRequest(shape.name, shape, card, limit, folder, **asked)  # type: ignore[arg-type]
 
 
 def flip_bits(seed: int, count: int, until: float, work: Path, failures: Failures) -> Counter[str]:

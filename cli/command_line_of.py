@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import asdict
 from typing import Any
 
-from kvtune.common.stored import read_json
-from kvtune.common.units import GB, GIB
+from kvtune.common.units import exact_bytes
+from kvtune.tuner.config_file import read_config
 from kvtune.tuner.explore.study import Study
 
 _OPTIONS = {
@@ -18,8 +19,7 @@ _OPTIONS = {
 
 def command_of(study: Study) -> str:
     """The search that made a study, as far as its ``config.json`` says; paths are shortened."""
-    path = study.folder / "config.json"
-    asked: dict[str, Any] = read_json(path) if path.is_file() else {}
+    asked = asdict(read_config(study.folder))
     facts = study.facts
     known: dict[str, Any] = {
         "model": facts.shape.name,
@@ -32,11 +32,11 @@ def command_of(study: Study) -> str:
     for name, option in _OPTIONS.items():
         if name in given:
             words += [option, _portable(str(given[name]))]
-    words += ["--mem", _size(facts.memory_bytes)]
+    words += ["--mem", exact_bytes(facts.memory_bytes)]
     if most_read := given.get("read_bytes"):
-        words += ["--read-bytes", _size(most_read)]
+        words += ["--read-bytes", exact_bytes(most_read)]
     if most_moved := given.get("moved_bytes"):
-        words += ["--moved-bytes", _size(most_moved)]
+        words += ["--moved-bytes", exact_bytes(most_moved)]
     if heads := given.get("heads"):
         words += ["--heads", _portable(str(heads))]
     if context := given.get("context_tokens"):
@@ -52,10 +52,3 @@ def command_of(study: Study) -> str:
 def _portable(text: str) -> str:
     """Without the folders of this machine."""
     return text.rstrip("/").rpartition("/")[2] if text.startswith(("/", "~")) else text
-
-
-def _size(size: int) -> str:
-    for unit, name in ((GB, "GB"), (GIB, "GiB")):
-        if size % unit == 0:
-            return f"{size // unit}{name}"
-    return f"{size}B"

@@ -70,6 +70,7 @@ def read(typed: Typed) -> tuple[Asked, Engine | LlamaEngine | None]:
     engine = read_engine(typed.stack, typed.engine_args, typed.engine_version)
     document = _document(typed.policy, typed.stack)
     options, planned = planned_options(document, **typed.served._asdict())
+    typed, of_run = _as_searched(typed, document)
     plain = _asked(typed, _USUALLY._replace(**options))
     check_expert_parallel(typed.stack, typed.expert_parallel, plain.shape, _most_sharing(typed))
     kernels, told = _kernels(typed.stack, plain.shape)
@@ -86,7 +87,7 @@ def read(typed: Typed) -> tuple[Asked, Engine | LlamaEngine | None]:
         stack=kernels,
         kv_format=kv_format or "bfloat16",
         expert_parallel=typed.expert_parallel,
-        told=(*told, *planned, *notes_on_model(document, plain.shape)),
+        told=(*told, *planned, *of_run, *notes_on_model(document, plain.shape)),
         reading=reading,
     )
     told_flags = bool(typed.engine_args or typed.engine_version)
@@ -95,6 +96,20 @@ def read(typed: Typed) -> tuple[Asked, Engine | LlamaEngine | None]:
         follow_engine(engine, asked, told_flags=told_flags, told_context=told_context),
         engine,
     )
+
+
+def _as_searched(typed: Typed, document: PolicyDocument | None) -> tuple[Typed, tuple[str, ...]]:
+    """The card and the memory limit as the policy's search had them, as far as neither was typed.
+
+    A limit is taken with its own card alone.
+    """
+    from kvtune.cli.planned import searched_on
+
+    if typed.policy is None or document is None or any(typed.figures):
+        return typed, ()
+    taken, notes = searched_on(typed.policy, document, typed.gpu, typed.mem)
+    gpu, mem = taken.get("gpu", typed.gpu), taken.get("mem", typed.mem)
+    return replace(typed, gpu=gpu, mem=mem), notes
 
 
 def _most_sharing(typed: Typed) -> int:

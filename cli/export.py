@@ -9,6 +9,7 @@ import typer
 
 from kvtune.cli import options
 from kvtune.cli.output import speaking, table
+from kvtune.cli.wording import PROOF
 from kvtune.common.errors import KvtuneError
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def _compare(
                     for row in rows
                 ],
                 left=(0, 3, 4),
-                caption=_FLATTENED if flattened else "",
+                caption=f"{PROOF}\n{_FLATTENED}" if flattened else PROOF,
             ),
             *(f"note: {note}" for note in notes),
         )

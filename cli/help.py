@@ -9,6 +9,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from kvtune.cli.failures import USAGE_ERROR, usage_message
 from kvtune.cli.unread import let_typed_win, refuse_unread
+from kvtune.cli.wording import EXPLAINED
 from kvtune.common.errors import KvtuneError
 
 OTHERS = "Output and help"
@@ -204,8 +205,11 @@ class Command(TyperCommand):
                 formatter.write_dl(rows)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Write the examples, each on one line that can be copied."""
+        """Write what the answer's signs mean, and examples on one line each that can be copied."""
         super().format_epilog(ctx, formatter)
+        if explained := EXPLAINED.get(self.name or ""):
+            with formatter.section("In the answer"):
+                formatter.write_dl([tuple(each.split(": ", 1)) for each in explained])
         if examples := EXAMPLES.get(self.name or ""):
             with formatter.section("Examples"):
                 formatter.write("".join(f"  {example}\n" for example in examples))

@@ -42,7 +42,9 @@ def read_policy_input(named: Path) -> PolicyDocument:
     is_begun = named.is_dir() and (named / "config.json").is_file()
     require_file(path, _NOT_ENDED if is_begun else _NO_POLICY)
     from kvtune.policies.policy_file.document import read_policy  # takes a while to import
+    from kvtune.tuner.config_file import check_run
 
+    check_run(path.parent)
     return read_policy(path)
 
 

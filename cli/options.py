@@ -213,12 +213,13 @@ Trials = Annotated[
     ),
 ]
 Menu = Annotated[
-    Literal["three", "all"],
+    Literal["auto", "three", "few", "all"],
     typer.Option(
         "--menu",
-        help="Methods that a head may have: three (snapkv, h2o, streaming_llm), or all that "
-        "choose when the prompt is complete: tried on a few layers, and the best seven in full; "
-        "all takes several times as long.",
+        help="Methods that a head may have: three (snapkv, h2o, streaming_llm); few: those with "
+        "fitted values and bits by channel; all that choose when the prompt is complete: tried on "
+        "a few layers, and the best seven in full; auto: all on a GPU, on a CPU the widest that "
+        "adds little time.",
     ),
 ]
 Texts = Annotated[

@@ -27,7 +27,7 @@ def command(
     max_kl: search_options.MaxKl = 0.02,
     trials: options.Trials = 60,
     workload: options.Workload = "small",
-    menu: options.Menu = "three",
+    menu: options.Menu = "auto",
     stack: search_options.Stack = None,
     read_bytes: search_options.ReadBytes = None,
     tpot: search_options.Tpot = None,

@@ -11,6 +11,7 @@ from kvtune.cli.inputs import POLICY_FILE
 from kvtune.cli.output import one_line, table
 from kvtune.cli.tables import bf16_tokens, budget_table
 from kvtune.cli.timed import times_table
+from kvtune.cli.wording import BRACKETS, LABELS
 from kvtune.common.estimate import BAND
 from kvtune.common.units import MIB, format_bytes, format_tokens
 from kvtune.common.words import accuracy, count, figure, percent
@@ -19,7 +20,7 @@ from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import Baseline, Quality, SearchResult
 from kvtune.tuner.serving_room import budgets_of, formats_of
 from kvtune.tuner.stand_in_baselines import LIVE_ON
-from kvtune.tuner.verdict import Verdict, equal_bytes
+from kvtune.tuner.verdict import SCALE, Verdict, equal_bytes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -51,6 +52,7 @@ def tables(result: SearchResult) -> list[RenderableType]:
     found = verdict(result)
     return [
         found.sentence + _said_of_stack(result),
+        SCALE,
         *("", _baselines(result, found.comparison)),
         *(["", weights_table(result, _caption(result))] if len(formats_found(result)) > 1 else []),
         *("", front_table(result, _caption(result))),
@@ -112,12 +114,13 @@ def _baselines(result: SearchResult, comparison: str) -> RenderableType:
     columns += [f"KL, {tier}" for tier in tiers]
     columns += ["perplexity"] * live + ["retrieval"] * retrieval
     full = result.full_cache_accuracy
-    intervals = "with 95 % intervals" if BAND not in tiers else "as bands"
+    intervals = "with 95 % intervals [a, b]" if BAND not in tiers else "as bands"
     captions = [
         *([comparison] if comparison else []),
         *_on_rules_that_ran(result),
         f"{_caption(result)}, {result.quality.samples} held-out samples",
         f"KL in nats/token {intervals}, MiB of one prompt; * is the plan",
+        *([LABELS] if any("int" in baseline.name for baseline in result.baselines) else []),
         *([f"retrieval of the full cache: {accuracy(full)}"] if full else []),
     ]
     plan, *others = result.baselines
@@ -176,7 +179,7 @@ def _plan(result: SearchResult) -> RenderableType:
     if result.counters:
         fired = ", ".join(f"{count(n)} {what}" for what, n in result.counters.items())
         rows.append(("fired live", fired.replace("_", " ")))
-    return table("The plan", ("", ""), rows, left=(0, 1), caption=_caption(result))
+    return table("The plan", ("", ""), rows, left=(0, 1), caption=f"{_caption(result)}; {BRACKETS}")
 
 
 def _there(result: SearchResult) -> tuple[str, Estimate] | None:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from kvtune.cli.output import table
+from kvtune.cli.wording import BRACKETS
 from kvtune.common.estimate import Estimate, exact
 from kvtune.common.units import GB, GIB, format_tokens
 from kvtune.common.words import count, figure, percent
@@ -22,7 +23,7 @@ def budget_table(budget: MemoryPlan, quality: str) -> RenderableType:
     """Where the memory goes: GiB with intervals, and what is left for the cache in tokens too."""
     parts = (
         (f"{budget.gpu.name} shows", exact(budget.gpu.visible_bytes, "B"), ""),
-        ("limit", exact(budget.limit_bytes, "B"), f"{budget.limit_bytes / GB:.2f} GB"),
+        ("limit", exact(budget.limit_bytes, "B"), _as_typed(budget.limit_bytes)),
         (f"- {budget.weight_format} weights", budget.weights, budget.reason),
         ("- overhead", budget.overhead, "context, graphs, allocator"),
         ("- prefill", budget.prefill, "activations, one layer uncompressed"),
@@ -33,8 +34,13 @@ def budget_table(budget: MemoryPlan, quality: str) -> RenderableType:
         ("", "GiB", "interval", "tier", ""),
         [(name, *_gib(part), words) for name, part, words in parts],
         left=(0, 2, 3, 4),
-        caption=f"quality: {quality}",
+        caption=f"quality: {quality}; {BRACKETS}",
     )
+
+
+def _as_typed(limit: int) -> str:
+    """A limit that is round in GB, where the table's GiB are not what was typed."""
+    return "" if limit % GB or not limit % GIB else f"{limit // GB} GB of 10^9 bytes; GiB have 2^30"
 
 
 def bf16_tokens(number: int | None) -> str:

@@ -20,10 +20,11 @@ UNREAD = {
 """By the option that asks another question: those that only the command's usual one reads."""
 
 _INSTEAD = {
-    "held_bytes": "a long generation is planned for one sequence, by the bytes that it may hold at "
-    "any moment: leave out what it does not read, or leave out --held-bytes.",
+    "held_bytes": "a long generation is planned for one sequence, for kvtune's own runtime, by the "
+    "bytes that it may hold at any moment: to plan it, leave out the other options; to search with "
+    "them, leave out --held-bytes.",
     "arrivals": "the file says when requests come, how long they are and, in prefix_ids, what they "
-    "share (docs/serve-sim.md): leave out what is of requests that are drawn.",
+    "share (docs/serve-sim.md): leave out what is of requests that are drawn, or --arrivals.",
     "stack": "no other stack keeps some heads' caches on the host: leave one of the two out.",
 }
 
@@ -77,7 +78,7 @@ def refuse_typed(context: Any, names: Collection[str], question: str, hint: str)
     options = _options(context)
     given = [options[name] for name in names if _was_typed(context, name)]
     if given:
-        raise KvtuneError(f"{question} does not read {' or '.join(given)}", hint=hint)
+        raise KvtuneError(f"{question} cannot be combined with {' or '.join(given)}", hint=hint)
 
 
 def _options(context: Any) -> dict[str, str]:

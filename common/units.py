@@ -71,6 +71,14 @@ def format_bytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def exact_bytes(count: int) -> str:
+    """A size as it can be typed, without loss: ``16GB``, ``16GiB``, or bytes."""
+    for unit, name in ((GB, "GB"), (GIB, "GiB")):
+        if count % unit == 0:
+            return f"{count // unit}{name}"
+    return f"{count}B"
+
+
 def format_tokens(count: float) -> str:
     """``52 812 tokens``, with thin groups of three so that long counts can be read."""
     return f"{int(count):,}".replace(",", " ") + " tokens"

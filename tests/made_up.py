@@ -294,6 +294,7 @@ def of_own_weights(model: Path, run_dir: Path, sequences: int = 1, **asked: Any)
     used = memory_plan(shape, gpu, 10**10, batch=sequences, **sizes)
     limit = 10**10 - used.cache_bytes + shape.kv_bytes(90)
     more: dict[str, Any] = {"generated_tokens": 4, "largest_kl": 0.5, "trials": 10, "device": "cpu"}
+    more["menu"] = "three"
     more |= asked
     if sequences > 1:
         more["sequences"] = sequences

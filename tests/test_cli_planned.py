@@ -97,3 +97,63 @@ def test_a_beginning_that_no_prompt_can_share_is_refused(
     file.write_text("arrival_s,prompt_tokens,output_tokens\n0,100,1\n")
     assert main([*words, "--arrivals", str(file), "--prefix", "50"]) == 2
     assert "prefix_ids" in capsys.readouterr().err
+
+
+SEARCHED = {"model": "llama-3.1-8b", "gpu": "rtx-4090", "memory_bytes": 16 * 10**9}
+
+
+@pytest.fixture
+def searched(planned: Path) -> Path:
+    """A run directory on an RTX 4090 of which 16 GB may be used."""
+    (planned.parent / "plans.jsonl").touch()
+    (planned.parent / "config.json").write_text(json.dumps(SEARCHED))
+    return planned.parent
+
+
+def estimated(capsys: pytest.CaptureFixture[str], run: Path, *words: str) -> dict[str, Any]:
+    asked = ["estimate", "--model", "llama-8b", "--policy", str(run), *words, "--json", "--quiet"]
+    assert main(asked) in (0, 3)
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_an_estimate_takes_the_card_and_the_limit_of_the_search(
+    searched: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = "searched with --gpu rtx-4090 --mem 16GB, as the policy's run says"
+    found = estimated(capsys, searched)
+    assert note in found["notes"]
+    typed = estimated(capsys, searched, "--gpu", "4090", "--mem", "16GB")
+    assert typed["rows"] == found["rows"]
+    assert not any(note.startswith("searched") for note in typed["notes"])
+
+
+@pytest.mark.parametrize(
+    ("typed", "note"),
+    [
+        (("--gpu", "4090"), "searched with --mem 16GB, as the policy's run says"),
+        (("--mem", "20GB"), "searched with --gpu rtx-4090, as the policy's run says"),
+        (("--gpu", "l4"), None),
+        (("--gpu", "l4,4090"), None),
+        (("--gpu", "4090", "--gpu-memory", "12GB"), None),
+    ],
+)
+def test_what_is_typed_wins_and_a_limit_is_of_its_own_card(
+    typed: tuple[str, ...],
+    note: str | None,
+    searched: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    told = [each for each in estimated(capsys, searched, *typed)["notes"] if "searched" in each]
+    assert told == ([note] if note else [])
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"memory_bytes": "16GB"}', '{"gpu": 1}'])
+def test_a_damaged_configuration_is_named_with_what_to_do(
+    content: str, searched: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (searched / "config.json").write_text(content)
+    assert main(["estimate", "--model", "llama-8b", "--policy", str(searched)]) == 2
+    told = capsys.readouterr().err
+    assert str(searched / "config.json") in told
+    assert "hint: run the same search again" in told

@@ -178,7 +178,8 @@ def test_what_is_left_for_the_cache_is_said_before_the_search(
 def test_the_verdict_comes_first(live: bool, capsys: pytest.CaptureFixture[str]) -> None:
     main(WORDS)
     out = capsys.readouterr().out.replace("a library chatters on stdout\n", "")
-    first = " ".join(out.split("\n\n")[0].split())
+    first, _, scale = " ".join(out.split("\n\n")[0].split()).partition(" Scale, ")
+    assert "loses 0.36" in scale
     loss = "0.01" if live else "0.0077 to 0.014"
     assert first.startswith(
         "48 prompts of 8 192 tokens instead of 5 in 16 GB with fp8 weights, whose "

@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+from kvtune.tuner.verdict import SCALE
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -57,3 +59,18 @@ def test_the_figures_come_from_the_files(
 def test_the_first_screen_of_the_readme_is_what_its_command_prints(pages: ModuleType) -> None:
     shown = pages._SCREEN.findall((ROOT / "README.md").read_text("utf-8"))[0]
     assert shown == f"```\n{pages.screen()}\n```", "python benchmarks/pages.py --screen writes it"
+
+
+def test_the_scale_of_losses_is_that_of_the_measured_settings(pages: ModuleType) -> None:
+    curve = {
+        round(p["at"], 2): p for p in pages.quality_pages.quality()["baseline_curves"]["uniform"]
+    }
+    told = [
+        (curve[0.5]["name"], "all tokens in 4 bits", curve[0.5]),
+        (curve[0.03]["name"], "h2o at 3 %", curve[0.03]),
+    ]
+    assert [name for name, _, _ in told] == ["uniform full int4+4", "uniform h2o int3+4"]
+    for _, words, point in told:
+        told_after = SCALE[SCALE.index(words) :].partition(";")[0]
+        figures = re.findall(r"(?:lose|loses) ([\d.]+) and (?:get|gets) (\d+) %", told_after)
+        assert figures == [(f"{point['kl']:.2g}", f"{100 * point['digits']:.0f}")]

@@ -34,11 +34,11 @@ from kvtune.policies.policy_file.document import read_policy
 from kvtune.profiles.gpus import find_gpu
 from kvtune.profiles.models import find_model
 from kvtune.simulator.quality.tables import Tables
-from kvtune.tests.made_up import little_workload, llama, of_own_weights, write_study
+from kvtune.tests.made_up import Notes, little_workload, llama, of_own_weights, write_study
 from kvtune.traces.calibration import Calibration, keep_calibration
 from kvtune.traces.learned import keep_learned
 from kvtune.tui.report.write import live_kinds
-from kvtune.tuner import sources
+from kvtune.tuner import search, sources
 from kvtune.tuner.baselines import FAMILIES
 from kvtune.tuner.explore.reader import StudyReader
 from kvtune.tuner.finished import finished
@@ -342,6 +342,30 @@ def test_the_plan_runs_at_other_lengths_that_are_asked_for(
     assert "| loss at 40 tokens |" in as_markdown(card)
 
 
+def test_a_menu_that_nobody_named_is_settled_once_said_and_recorded(
+    own: SearchRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second search with the menu's own name, or with none, is answered from the folder."""
+    settled: list[SearchRequest] = []
+
+    def settle(request: SearchRequest) -> tuple[SearchRequest, str]:
+        settled.append(request)
+        return replace(request, menu="three"), "methods: three, as the test says"
+
+    monkeypatch.setattr(search, "with_menu", settle)
+    first, second, named = Notes(), Notes(), Notes()
+    auto = replace(own, menu="auto")
+    run_search(auto, first)
+    assert settled == [auto]
+    assert "methods: three, as the test says" in first.said
+    assert json.loads((own.run_dir / "config.json").read_text())["menu"] == "three"
+    run_search(auto, second)
+    run_search(own, named)
+    for again in (second, named):
+        assert any("its answer is read from" in note for note in again.said)
+        assert "methods: three, as the test says" not in again.said
+
+
 def test_a_search_that_limits_reading_keeps_to_it(
     own: SearchRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -438,8 +462,8 @@ def test_a_file_that_only_makes_reading_faster_does_not_undo_a_search(
         raise KvtuneError("cannot write here")
 
     monkeypatch.setattr(StudyReader, "keep_columns", full_disk)
-    request = llama(tmp_path)
-    result, again = run_search(request), finished(request)
+    result = run_search(llama(tmp_path))
+    again = finished(result.request)
     assert again is not None
     assert again.quality == result.quality
 

@@ -35,7 +35,7 @@ def test_what_a_question_does_not_read_is_refused(
         "stack": (*SEARCH, "--for", "vllm", "--run-dir", str(tmp_path / "run")),
     }
     assert main([*asked[question], option, *([value] if value else [])]) == 2
-    assert f"does not read {option}" in capsys.readouterr().err
+    assert f"cannot be combined with {option}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -51,7 +51,7 @@ def test_one_way_to_score_heads_refuses_what_only_another_reads(
     words = ("heads", "detect", "--model", "llama-8b", *by, option, "5", "--out", str(out))
     assert main([*words]) == 2
     told = capsys.readouterr().err
-    assert f"{by[-1] if by else 'attention'} does not read {option}" in told
+    assert f"{by[-1] if by else 'attention'} cannot be combined with {option}" in told
     assert "hint:" in told
 
 
@@ -60,5 +60,5 @@ def test_several_are_named_together_and_defaults_are_not(
 ) -> None:
     assert main([*SEARCH, "--jobs", "2", "--held-bytes", "10%", "--start", "a.yaml"]) == 2
     told = capsys.readouterr().err
-    assert "does not read --jobs or --start" in told
+    assert "cannot be combined with --jobs or --start" in told
     assert "--trials" not in told

@@ -166,10 +166,29 @@ def test_a_ratio_of_bands_says_whose_losses_it_is_of() -> None:
     """The table prints the bands' ends, whose ratio is another: what is compared must be there."""
     plan, other = Policy("kvzip", loss(0.05, BAND)), Policy("h2o", loss(0.6, BAND))
     said = verdict(stand_in="smollm2-135m", policies=(plan, other)).comparison
-    assert said.endswith("loses 12 times as much on smollm2-135m itself (0.6 and 0.05).")
+    assert said.startswith(
+        "On smollm2-135m itself the plan loses 0.05, less than the other at equal"
+    )
+    assert "h2o comes next there with 0.6, 12 times as much." in said
 
 
 def test_a_curve_that_ends_before_the_plans_bytes_says_nothing_of_its_band() -> None:
     curve = Policy("uniform rules, live", loss(0.9), family="uniform", prompt_bytes=300)
     plan = Policy("uniform full all bf16", loss(0.02))
     assert "its band" not in verdict(stand_in="smollm2-135m", policies=(plan, curve)).comparison
+
+
+def test_bands_are_compared_as_the_table_shows_them() -> None:
+    """What comes next on the stand-in itself need not have the lowest band: both are said."""
+
+    def policy(name: str, value: float, low: float, high: float) -> Policy:
+        return Policy(name, Estimate(value, low, high, "nats/token", BAND))
+
+    plan = policy("kvzip", 0.02, 0.01, 0.2)
+    others = policy("streaming_llm", 0.23, 0.045, 2.0), policy("adakv", 0.26, 0.034, 2.4)
+    said = verdict(stand_in="smollm2-135m", policies=(plan, *others)).comparison
+    assert "streaming_llm comes next there with 0.23, 12 times as much" in said
+    assert said.endswith("As bands they overlap; adakv's reaches lowest, to 0.034.")
+    above = policy("h2o", 0.9, 0.3, 3.0)
+    said = verdict(stand_in="smollm2-135m", policies=(plan, above)).comparison
+    assert said.endswith("Its band lies below all of theirs.")

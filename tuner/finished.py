@@ -17,6 +17,7 @@ from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.document import read_policy
 from kvtune.simulator.memory.plan import MemoryPlan
 from kvtune.simulator.memory.weights import check_format
+from kvtune.tuner.config_file import check_run
 from kvtune.tuner.explore import PLANS_FILE
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import SearchResult
@@ -83,13 +84,14 @@ def finished(request: SearchRequest) -> SearchResult | None:
     A file that was edited since makes it unfinished: all are then written anew.
 
     Raises:
-        KvtuneError: ``finished.json`` is damaged.
+        KvtuneError: ``finished.json`` or ``config.json`` is damaged.
     """
     folder = request.run_dir
     path = folder / FINISHED
     if not (path.is_file() and (folder / PLANS_FILE).is_file()):
         return None
     ended = checked(Finished, read_json(path), str(path))
+    check_run(folder)
     if ended.asked != fingerprint(request) or not _untouched(folder, ended):
         return None
     return _restored(request, ended)

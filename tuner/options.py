@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import product
 from operator import or_
@@ -16,6 +16,7 @@ from kvtune.policies.formats.rotated import RotatedInt2, RotatedInt3, RotatedInt
 from kvtune.policies.formats.turboquant import TurboQuant2, TurboQuant3, TurboQuant4
 from kvtune.policies.method import Method, methods
 from kvtune.policies.methods.a2sf import A2SF, PREFILL
+from kvtune.policies.methods.attention_matching import AttentionMatching
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.landmark import Landmark
@@ -31,6 +32,10 @@ from kvtune.tuner.left_out import LEFT_OUT
 Pair = tuple[Format, Format]
 
 
+WEIGHTED_BY: tuple[WeightedKeys, ...] = (WeightedKeys("snapkv"), WeightedKeys("h2o"))
+"""Rules around what chooses tokens, for formats that divide bits among channels."""
+
+
 @dataclass(frozen=True)
 class Menu:
     """Methods x shares of the prompt x (key, value) formats, and everything kept in each format.
@@ -39,42 +44,54 @@ class Menu:
         methods: whom to keep.
         shares: of the prompt's tokens, below 1.
         formats: for keys and values.
-        weighted: formats for keys that ``weighted_keys`` scales, around ``WEIGHTED_BY``.
+        weighted: formats for keys that ``weighted_keys`` scales, around ``weighted_by``.
+        weighted_by: that choose tokens for those formats.
+        more: menus whose options this one has too, such as a method at small shares alone.
     """
 
     methods: tuple[Method, ...]
     shares: tuple[float, ...]
     formats: tuple[Pair, ...]
     weighted: tuple[Pair, ...] = ()
+    weighted_by: tuple[WeightedKeys, ...] = WEIGHTED_BY
+    more: tuple[Menu, ...] = ()
 
     def options(self) -> tuple[Option, ...]:
         """All options, those that keep every token last; none that the runtime would refuse to
         read by pages."""
-        evicting = [
+        menus = (self, *self.more)
+        evicting = [option for menu in menus for option in menu._evicting()]
+        whole = [option for menu in menus for option in menu._whole()]
+        return tuple(dict.fromkeys((*evicting, *whole)))
+
+    def _evicting(self) -> list[Option]:
+        """Options that keep some tokens, without those of ``more``."""
+        chosen = [
             *product(self.methods, self.shares, self.formats),
-            *product(WEIGHTED_BY, self.shares, self.weighted),
+            *product(self.weighted_by, self.shares, self.weighted),
         ]
-        chosen = (Option(method, Budget(share=share), *pair) for method, share, pair in evicting)
-        return (
-            *(option for option in chosen if not ranks_without_newest(option)),
+        options = (Option(method, Budget(share=share), *pair) for method, share, pair in chosen)
+        return [option for option in options if not ranks_without_newest(option)]
+
+    def _whole(self) -> list[Option]:
+        """Options that keep every token, without those of ``more``."""
+        return [
             *(Option(Full(), ALL, *pair) for pair in self.formats),
             *(Option(WeightedKeys(), ALL, *pair) for pair in self.weighted),
-        )
+        ]
 
     @property
     def needs(self) -> Needs:
         """The signals that its methods read together: what a trace has to hold."""
-        weighted = WEIGHTED_BY if self.weighted else ()
-        return reduce(or_, (method.needs for method in (*self.methods, *weighted)), Needs())
+        weighted = self.weighted_by if self.weighted else ()
+        own = [method.needs for method in (*self.methods, *weighted)]
+        return reduce(or_, (*own, *(menu.needs for menu in self.more)), Needs())
 
 
 def alike(formats: Sequence[Format]) -> tuple[Pair, ...]:
     """The same format for keys and values."""
     return tuple((form, form) for form in formats)
 
-
-WEIGHTED_BY: tuple[WeightedKeys, ...] = (WeightedKeys("snapkv"), WeightedKeys("h2o"))
-"""Rules around what chooses tokens, for formats that divide bits among channels."""
 
 SMALL_SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 METHODS: tuple[Method, ...] = (SnapKV(), H2O(), StreamingLLM())
@@ -127,6 +144,18 @@ WEIGHTED: tuple[Pair, ...] = (
 )
 """Bits by channel behind ``weighted_keys``, which that menu has too: 3.2 and 2.3 bits, everything
 counted, that lose less than all others of so many."""
+
+FEW = replace(
+    LAPTOP,
+    more=(
+        Menu((AttentionMatching(select="h2o"),), SMALL_SHARES[:4], LAPTOP.formats),
+        Menu((), SMALL_SHARES[2:], (), WEIGHTED, (WeightedKeys("h2o"),)),
+    ),
+)
+"""102 options: the laptop's, fitted values at small shares, and bits by channel at larger ones.
+
+Of what was tried, these lower the laptop's predicted losses most for what they cost: 105 processor
+seconds more in a search of SmolLM2 (``benchmarks/results/menu-times-cpu.json``)."""
 
 READERS: tuple[Method, ...] = (Quest(block=64), Landmark(block=64))
 """Beside the three, where a search limits what is read; their blocks are the runtime's pages."""

@@ -35,8 +35,9 @@ class SearchRequest:
         device: for capture and live runs, "cpu" or "cuda"; None picks CUDA if there is one.
         workload: "small" (nine samples of 1024 tokens, sized for a laptop), "mixed" (21 of them, of
             seven kinds) or "full" (2048 tokens).
-        menu: methods that a head may be given: "three" (snapkv, h2o, streaming_llm), or "all", of
-            which the best seven are replayed in full.
+        menu: methods that a head may be given: "three" (snapkv, h2o, streaming_llm), "few" (fitted
+            values and bits by channel beside them), "all", of which the best seven are replayed in
+            full, or "auto", as many as the device tries without long waits.
         stack: the serving stack that the plan must be expressible on, as exporters are called;
             None for any plan.
         read_bytes: that a decode step may read of each sequence's prompt; None for any.
@@ -71,7 +72,7 @@ class SearchRequest:
     stand_in: bool = False
     device: str | None = None
     workload: Literal["small", "mixed", "full"] = "small"
-    menu: Literal["three", "all"] = "three"
+    menu: Literal["auto", "three", "few", "all"] = "auto"
     stack: str | None = None
     read_bytes: int | None = None
     limits: Limits = field(default_factory=Limits)

@@ -34,6 +34,7 @@ from kvtune.tuner.sources import QualitySource
 from kvtune.tuner.stand_in_rules import Offer, offers_of, rule_points
 from kvtune.tuner.starts import start_points
 from kvtune.tuner.trials import study_trials
+from kvtune.tuner.which_menu import with_menu
 from kvtune.tuner.which_source import quality_source
 
 
@@ -45,9 +46,12 @@ def run_search(request: SearchRequest, progress: Progress | None = None) -> Sear
     """
     progress = progress or Silent()
     check_request(request)
+    request, reason = with_menu(request)
     with locked(request.run_dir):
         if (found := _finished(request, progress)) is not None:
             return found
+        if reason:
+            progress.note(reason)
         with helpers_of(request) as beside:
             return _search(request, progress, beside)
 

@@ -49,7 +49,8 @@ class SearchOptions(TypedDict, total=False):
         trials: of the outer study, 60.
         workload: texts that are searched on: ``"small"`` or ``"mixed"`` (JSON, logs, conversations
             and other languages too) for a CPU, ``"full"`` for a GPU.
-        menu: methods that a head may have: ``"three"``, or ``"all"``, of which the best seven.
+        menu: methods that a head may have: ``"three"``, ``"few"`` more, or ``"all"``, of which the
+            best seven; left out, ``"auto"``: all on a GPU, on a CPU as many as add little time.
         stack: a serving stack that the plan must be expressible on: ``"vllm"``, ``"llama-cpp"``...
         read_bytes: that a decode step may read of each sequence's prompt; left out, any.
         tpot: most time of a decode step of all sequences: ``"30ms"``; left out, any.
@@ -79,7 +80,7 @@ class SearchOptions(TypedDict, total=False):
     max_kl: float
     trials: int
     workload: Literal["small", "mixed", "full"]
-    menu: Literal["three", "all"]
+    menu: Literal["auto", "three", "few", "all"]
     stack: str | None
     read_bytes: Amount | None
     tpot: str | None
@@ -144,7 +145,7 @@ def search_request(
         stand_in=options.get("stand_in", False),
         device=options.get("device"),
         workload=options.get("workload", "small"),
-        menu=options.get("menu", "three"),
+        menu=options.get("menu", "auto"),
         stack=stack,
         read_bytes=None if read is None else parse_bytes(read),
         limits=_limits(options),

@@ -27,7 +27,7 @@ from kvtune.simulator.quality.tables_file import load_tables, save_tables
 from kvtune.traces.signals import SIGNALS
 from kvtune.tuner import source_models
 from kvtune.tuner.band import band, band_by_kind, band_of_live
-from kvtune.tuner.options import FULL, LAPTOP, READERS, ROTATED, WEIGHTED, Menu, every_method
+from kvtune.tuner.options import FEW, FULL, LAPTOP, READERS, ROTATED, WEIGHTED, Menu, every_method
 from kvtune.tuner.quality import calibrated, calibrated_by_kind, mean_over_kinds
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.screening import MOST, screened
@@ -277,8 +277,9 @@ def _own_trace(
 def menu_of(request: SearchRequest, *, calibrated: bool, pairs: bool = False) -> Menu:
     """What a head may be given: shares and formats by workload, methods as the request asks.
 
-    The menu of all methods has rotated formats and weighted keys too, and a limit on what is read,
-    or brought over from the host, brings readers; of all these, what the stack can express stays.
+    The menu of all methods has rotated formats and weighted keys too; that of a few more has the
+    options of ``FEW``; a limit on what is read, or brought over from the host, brings readers. Of
+    all these, what the stack can express stays. ``"auto"`` is settled before (``with_menu``).
     Links between layers are on it where these come in ``pairs``.
     """
     menu = FULL if request.workload == "full" else LAPTOP
@@ -289,6 +290,8 @@ def menu_of(request: SearchRequest, *, calibrated: bool, pairs: bool = False) ->
         menu = replace(menu, methods=methods, formats=formats, weighted=WEIGHTED)
     elif reads_less:
         menu = replace(menu, methods=menu.methods + READERS)
+    if request.menu == "few":
+        menu = replace(menu, more=FEW.more)
     return menu_within(menu, limits_of(request.stack))
 
 

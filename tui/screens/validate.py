@@ -17,11 +17,11 @@ from textual.widgets import Button, Label, LoadingIndicator, Static
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.files import write_text
-from kvtune.common.stored import read_json
 from kvtune.common.words import accuracy, figure
 from kvtune.policies.policy_file.document import write_policy
 from kvtune.tui.screens.export import document_of
 from kvtune.tui.selected import Selected
+from kvtune.tuner.config_file import read_config
 from kvtune.tuner.explore.measured import Measured, keep_answer
 
 Command = Callable[[str, str], Sequence[str]]
@@ -124,19 +124,8 @@ class ValidateScreen(ModalScreen[None]):
 
 
 def model_of(selected: Selected) -> str:
-    """What the search was asked to load: a path where it was one; by name where nobody knows.
-
-    Raises:
-        KvtuneError: the question is there and damaged: the model of that name may be another.
-    """
-    path = selected.study.folder / "config.json"
-    if not path.is_file():
-        return selected.study.facts.shape.name
-    asked = read_json(path)
-    named = asked.get("model") if isinstance(asked, dict) else None
-    if not isinstance(named, str):
-        raise KvtuneError("names no model", where=str(path), hint="run the same search again.")
-    return named
+    """What the search was asked to load: a path where it was one."""
+    return read_config(selected.study.folder).model or selected.study.facts.shape.name
 
 
 def words_of(selected: Selected, found: Measured) -> str:

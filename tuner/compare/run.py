@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from kvtune.tuner.quality import estimate, ratio_interval
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.solver import policy_of
 from kvtune.tuner.sources import QualitySource
+from kvtune.tuner.which_menu import with_menu
 
 POINTS = 6  # of a strategy's curve that run on the held-out samples
 
@@ -62,6 +63,7 @@ def run_comparison(request: CompareRequest, progress: Progress | None = None) ->
         KvtuneError: the weights are not at hand, or the folder holds another comparison.
     """
     progress = progress or Silent()
+    request = replace(request, search=with_menu(request.search)[0])
     with locked(request.search.run_dir):
         _record_config(request)
         from kvtune.traces.models import best_device, load_model

@@ -1,8 +1,9 @@
 """The plans of a finished search in columns, as ``plans.jsonl`` has them: read seven times as fast.
 
-One safetensors file with a sha256 of its own columns and of the ``plans.jsonl`` that they were made
-of. Nothing depends on it: where that hash, a shape, a type or a bound is not as it must be,
-``plans.jsonl`` itself is read, as it is of a search that still runs.
+One safetensors file with a sha256 of its own columns and one of the ``plans.jsonl`` that they were
+made of. Where the lines have changed since, they are read instead, as they are of a search that
+still runs. A file of columns that is not as it was written is an error: something has damaged the
+run directory, and what else it damaged is not known.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from kvtune.common.bounds import LARGEST_LOSS, LARGEST_WHOLE, Parameter
+from kvtune.common.errors import KvtuneError
 from kvtune.common.files import atomic
-from kvtune.tuner.explore import COLUMNS_FILE
+from kvtune.tuner.explore import COLUMNS_FILE, PLANS_FILE
 from kvtune.tuner.explore.plans import ARRAYS, Plans, Size, is_inside
 
-_DIGEST = "kvtune_columns_1_sha256"  # one key: of several the order in a file is by chance
+_DIGESTS = "kvtune_columns_2_sha256"  # one key: of several the order in a file is by chance
 _KINDS = {"heads": np.uint16, "kl": np.float64, "held_out": np.float64, "by_kind": np.float64}
 _LEAST = {"context_tokens": 1, "sequences": 1}
 _PARAMETERS = TypeAdapter(tuple[dict[str, Parameter], ...])
@@ -32,7 +34,7 @@ def write_columns(folder: Path, plans: Plans, text: bytes) -> None:
 
     arrays = {name: np.ascontiguousarray(getattr(plans, name)) for name in ARRAYS}
     arrays["parameters"] = np.frombuffer(json.dumps(plans.parameters).encode(), np.uint8)
-    about = {_DIGEST: _digest(text, arrays)}
+    about = {_DIGESTS: f"{_digest(text)} {_digest_of_columns(arrays)}"}
     with atomic(folder / COLUMNS_FILE) as temporary:
         temporary.write_bytes(save(arrays, metadata=about))
 
@@ -44,31 +46,68 @@ def read_columns(folder: Path, text: bytes, size: Size) -> Plans | None:
         folder: the run directory.
         text: content of its ``plans.jsonl``.
         size: what every plan must fit.
+
+    Raises:
+        KvtuneError: the file of columns is damaged.
     """
     path = folder / COLUMNS_FILE
     if not path.is_file():
         return None
+    about, arrays = _opened(path)
+    lines, _, columns = about.get(_DIGESTS, "").partition(" ")
+    if not columns:
+        return None  # as another version of kvtune wrote it
+    if columns != _digest_of_columns(arrays):
+        raise _damaged(path, "its columns are not those whose hash it holds")
+    if lines != _digest(text):
+        return None
+    return _plans(path, arrays, size)
+
+
+def _opened(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """What the file says of itself, and its arrays by name."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
             about = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in (*ARRAYS, "parameters")}
-        if about.get(_DIGEST) != _digest(text, arrays):
-            return None
+            return about, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, TypeError, AttributeError) as error:
+        raise _damaged(path, "it is no safetensors file") from error
+
+
+def _plans(path: Path, arrays: dict[str, Any], size: Size) -> Plans:
+    """The plans in arrays of the right names, types, shapes and bounds."""
+    if set(arrays) != {*ARRAYS, "parameters"}:
+        raise _damaged(path, "it has other columns than plans have")
+    try:
         parameters = _PARAMETERS.validate_json(arrays.pop("parameters").tobytes(), strict=True)
-    except (OSError, SafetensorError, ValueError, TypeError, AttributeError):
-        return None
+    except ValueError as error:
+        raise _damaged(path, "its parameters cannot be read") from error
     if not _fit(arrays, len(parameters), size):
-        return None
+        raise _damaged(path, "a column is not of the type, length or size that plans have")
     return Plans(**arrays, parameters=parameters, tier=size.tier)
 
 
-def _digest(text: bytes, arrays: dict[str, Any]) -> str:
-    """Of the lines and of the columns made of them."""
-    found = hashlib.sha256(text)
-    for name in (*ARRAYS, "parameters"):
-        found.update(arrays[name])
+def _damaged(path: Path, reason: str) -> KvtuneError:
+    return KvtuneError(
+        reason,
+        where=str(path),
+        hint=f"remove it: {PLANS_FILE} beside it holds the same plans, and is then read instead.",
+    )
+
+
+def _digest(text: bytes) -> str:
+    """Of the lines that the columns were made of."""
+    return hashlib.sha256(text).hexdigest()
+
+
+def _digest_of_columns(arrays: dict[str, Any]) -> str:
+    """Of the columns with their names, in the order of their names."""
+    found = hashlib.sha256()
+    for name in sorted(arrays):
+        found.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
+        found.update(np.ascontiguousarray(arrays[name]).tobytes())
     return found.hexdigest()
 
 

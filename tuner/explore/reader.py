@@ -9,7 +9,8 @@ from pathlib import Path
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.stored import parse_json, read_bytes, whole_lines
-from kvtune.tuner.explore import PLANS_FILE
+from kvtune.tuner.config_file import check_run
+from kvtune.tuner.explore import COLUMNS_FILE, PLANS_FILE
 from kvtune.tuner.explore.columns_file import read_columns, write_columns
 from kvtune.tuner.explore.facts import Facts, read_facts
 from kvtune.tuner.explore.measured import read_measured
@@ -90,6 +91,7 @@ class StudyReader:
             first, _, rest = text.partition(b"\n")
             where = f"{self.path}:1"
             facts = read_facts(parse_json(first, where, AGAIN), where)
+            check_run(self.folder)
             plans = read_columns(self.folder, text, facts.size) or self._parsed(rest, facts, 2)
         else:
             later = self._parsed(text, facts, self._line + 1)
@@ -106,7 +108,11 @@ class StudyReader:
         return columns(read_lines(lines, place), facts.size, place)
 
     def keep_columns(self) -> None:
-        """Write the plans in columns beside their lines, for whoever reads them next."""
+        """Write the plans in columns beside their lines, for whoever reads them next.
+
+        Columns of an earlier search in the folder are removed unread.
+        """
+        (self.folder / COLUMNS_FILE).unlink(missing_ok=True)
         self._read_lines()
         if self._plans is not None:
             write_columns(self.folder, self._plans, read_bytes(self.path))
