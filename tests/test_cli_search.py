@@ -160,7 +160,7 @@ def test_the_tables_are_the_golden_ones(
 
 def test_losses_of_different_estimators_never_share_a_column(tmp_path: Path) -> None:
     """The plan is predicted from tables and ran; of the others one is replayed, one is a band."""
-    request = search_request("llama-8b", "4090", memory="16GB", run_dir=tmp_path / "run")
+    request = search_request("llama-8b", "4090", mem="16GB", run_dir=tmp_path / "run")
     rows = (
         Baseline("plan", "kvtune", kl(0.0111, "table"), kl(0.0222, "live"), 64_000_000),
         Baseline("first", "uniform", kl(0.0333), None, 64_000_000),

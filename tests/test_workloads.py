@@ -94,7 +94,8 @@ def test_no_run_of_words_is_in_two_splits(source: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["prose", "chat"])
 def test_what_follows_a_splits_own_texts_shares_nothing_with_another_split(kind: str) -> None:
-    own, further = {"prose": texts.prose, "chat": texts.chat}[kind](), texts.further(kind)
+    own = texts.prose() if kind == "prose" else texts.chat()
+    further = texts.further(kind)
 
     def words_in(documents: Any) -> set[tuple[Any, ...]]:
         return set().union(*(runs(texts.words(d.text), texts.SHARED_WORDS) for d in documents))
