@@ -111,6 +111,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "stand-in-live": stand_in_pages.stand_in_live,
     "stand-in-choices": stand_in_pages.stand_in_choices,
     "stand-in-families": stand_in_pages.stand_in_families,
+    "stand-in-left-out": stand_in_pages.stand_in_left_out,
 }
 
 

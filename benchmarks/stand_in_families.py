@@ -44,11 +44,11 @@ from kvtune.tuner.stand_in_rules import GROUPS
 from kvtune.tuner.validate import union_of_needs
 
 KINDS = ("prose", "code", "retrieval")
-SHARES = (0.03, 0.06, 0.12, 0.18, 0.25)
-TRIED = ("uniform", "adakv", "kvzip", "expected_attention", "keydiff")
+SHARES = (0.03, 0.045, 0.06, 0.09, 0.12, 0.18, 0.25, 0.35)
+TRIED = ("uniform", "pyramid", "adakv", "kvzip", "expected_attention", "keydiff")
 FORMS = (Bf16(), Int4(exact_first=4), Int3(exact_first=4))
 OFFERED, OPTION = "offered", "option"
-TOKENS, OBSERVED, HEAD_DIM = 448, 64, 256  # the last of Gemma-3's models
+TOKENS, OBSERVED = 448, 64
 ROWS = 18
 
 
@@ -165,7 +165,7 @@ def judged_again(earlier: dict[str, Any]) -> dict[str, Any]:
     ]
     ran = {(row["share"], row["policy"]): row["losses"] for row in rows}
     for share in dict.fromkeys(row["share"] for row in rows):
-        option, rule = chosen(share, TOKENS - OBSERVED, HEAD_DIM)
+        option, rule = chosen(share, TOKENS - OBSERVED, earlier.get("head_dim", 256))  # Gemma's
         name = rule.name if rule else option.label
         losses = ran[share, name]
         rows.append({"share": share, "family": OFFERED, "policy": name, "losses": losses})
@@ -188,7 +188,7 @@ def main() -> None:
     started = time.monotonic()
     loaded = load_model(arguments.model, device=arguments.device, dtype="float32")
     each = 1 if arguments.tiny else arguments.each
-    shares, families = (SHARES[2:3], TRIED[::2]) if arguments.tiny else (SHARES, TRIED)
+    shares, families = (SHARES[4:5], TRIED[::3]) if arguments.tiny else (SHARES, TRIED)
     workload = Workload({"evaluate": dict.fromkeys(KINDS, each)}, tokens=TOKENS, observed=OBSERVED)
     samples = by_turns(build(workload, loaded.tokenizer))
     everyone = entries(loaded, samples[0].prompt, shares, families)
@@ -198,6 +198,7 @@ def main() -> None:
     ]
     found: dict[str, Any] = {
         "model": Path(loaded.name).name,
+        "head_dim": loaded.geometry.head_dim,
         "device": torch.cuda.get_device_name() if loaded.device != "cpu" else "cpu",
         "samples": workload.describe(),
         "no needle in the last": UNASKED_END,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from page_tables import FAMILIES, HERE, Figures, interval, result, spaced, table
 
+LEFT_OUT = "stand-in-left-out.json"
+
 
 def stand_in_live() -> str:
     """Options of a model that was no source, live, and their bands."""
@@ -31,6 +33,26 @@ def stand_in_choices() -> str:
     )
     heads = [f"{100 * row['share']:g} %" for row in rows]
     return f"{table(heads, [cells])}\n\n{said}"
+
+
+def stand_in_left_out() -> str:
+    """Each model in turn left out of the sources."""
+    if not (HERE / "results" / LEFT_OUT).exists():
+        return "No run is recorded yet."
+    heads = (
+        "source", "left out", "plans offered inside", "rules inside", "options inside",
+        "plans offered within 1.1 of its best uniform rule",
+    )  # fmt: skip
+    return table(heads, [_direction(found) for found in result(LEFT_OUT)["directions"]])
+
+
+def _direction(found: Figures) -> tuple[str, ...]:
+    shares = [found.get(f"{name} inside") for name in ("offered", "rules", "options")]
+    inside = ("-" if share is None else f"{100 * share:.0f} %" for share in shares)
+    worst = max(row["times the best uniform"] for row in found["offered"])
+    within = f"{100 * found['offered within']:.0f} %, worst {worst:.2f} times"
+    names = (found[name].partition("-q4")[0] for name in ("source", "left out"))
+    return (*names, *inside, within)
 
 
 def stand_in_families() -> str:

@@ -87,6 +87,8 @@ _ABOUT = {
     "recall": "values of keys in a long list (Liu et al., 2023)",
     "chat": "answers about a manual, turn by turn",
     "copy": "a long text, word for word",
+    "guide": "going on with kvtune's own pages",
+    "source": "going on with kvtune's own sources",
     "json": "orders of a few customers as JSON, made up",
     "logs": "lines that services write while they answer requests, made up",
     "dialogue": "two people settling who brings what, made up",

@@ -189,16 +189,17 @@ Workload = Annotated[
     Literal["small", "mixed", "full"],
     typer.Option(
         "--workload",
-        help="small: nine samples of 1024 tokens, for two CPU cores; mixed: 21, with JSON, logs, "
-        "conversations and other languages; full: of 2048, for a GPU.",
+        help="small: nine samples of 1024 tokens, for two CPU cores; mixed: 27, with texts "
+        "that no packaged model was trained on (a guide, sources, JSON, logs, conversations, other "
+        "languages); full: of 2048, for a GPU.",
     ),
 ]
 HeldOut = Annotated[
     Literal["small", "mixed", "full", "tasks"],
     typer.Option(
         "--workload",
-        help="small: texts of 1024 tokens, for two CPU cores; mixed: with JSON, logs, "
-        "conversations and other languages; full: of 2048, for a GPU; tasks: "
+        help="small: texts of 1024 tokens, for two CPU cores; mixed: with a guide, sources, "
+        "JSON, logs, conversations and other languages; full: of 2048, for a GPU; tasks: "
         "needles, variable tracking, common words, turns, instructions kept and leaked.",
     ),
 ]

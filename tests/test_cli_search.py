@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from rich.console import Group
 
 from kvtune.__main__ import main
+from kvtune.cli import search_report
+from kvtune.cli.layout import Grid
 from kvtune.common.estimate import BAND, Estimate
 from kvtune.common.progress import Progress
 from kvtune.policies.formats.grouped import Int4
@@ -153,6 +156,27 @@ def test_the_tables_are_the_golden_ones(
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
     assert text == path.read_text()
+
+
+def test_losses_of_different_estimators_never_share_a_column(tmp_path: Path) -> None:
+    """The plan is predicted from tables and ran; of the others one is replayed, one is a band."""
+    request = search_request("llama-8b", "4090", mem="16GB", run_dir=tmp_path / "run")
+    rows = (
+        Baseline("plan", "kvtune", kl(0.0111, "table"), kl(0.0222, "live"), 64_000_000),
+        Baseline("first", "uniform", kl(0.0333), None, 64_000_000),
+        Baseline("second", "pyramid", kl(0.0444, BAND), None, 64_000_000),
+    )
+    result = dataclasses.replace(result_of(request, live=True), baselines=rows)
+    shown = next(
+        part
+        for each in search_report.tables(result) if isinstance(each, Group)
+        for part in each.renderables if isinstance(part, Grid) and "plan" in str(part.rows)
+    )  # fmt: skip
+    rows_shown = [dict(zip(shown.columns, row, strict=True)) for row in shown.rows]
+    losses = [{c: cell for c, cell in row.items() if c.startswith("KL")} for row in rows_shown]
+    filled = [{column for column, cell in row.items() if cell != "-"} for row in losses]
+    assert filled == [{"KL, live", "KL, table"}, {"KL, replay"}, {f"KL, {BAND}"}]
+    assert losses[0]["KL, table"].startswith("0.0111")
 
 
 def test_every_table_names_the_quality_and_fits_a_page(

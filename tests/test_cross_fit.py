@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from kvtune.common.estimate import Estimate
 from kvtune.simulator.quality.tables import Tables
 from kvtune.tests.made_up import llama
 from kvtune.tests.tiers import first
+from kvtune.tuner.candidate import Candidate, pick
 from kvtune.tuner.cross_fit import left_out
 from kvtune.tuner.quality import mean_interval, mean_over_kinds, ratio_interval
 from kvtune.tuner.search import run_search
@@ -84,6 +86,40 @@ def test_a_plan_is_called_better_only_where_the_paired_interval_says_so() -> Non
         ours, theirs = drawn(rng, np.full(2, 0.01), 0.3)
         called += ratio_interval(theirs, ours, KINDS)[1] > 1
     assert called / 600 < 0.06
+
+
+def test_a_plan_that_only_luck_puts_within_the_limit_is_not_picked() -> None:
+    """``--max-kl`` is held against the loss on samples that the choice did not see."""
+    lucky = candidate(1, kl=0.018, sequences=60, believed=0.023)
+    sound = candidate(2, kl=0.012, sequences=40, believed=0.013)
+    assert pick([sound, lucky], 0.02) is sound
+    assert pick([sound, lucky], 0.024) is lucky
+    assert pick([sound, lucky], 0.001) is sound, "none is within: the least loss believed"
+
+
+def candidate(number: int, kl: float, sequences: int, believed: float) -> Candidate:
+    """A point of a front with both of its figures."""
+    unseen = Estimate(believed, believed / 2, 2 * believed, "nats/token", "table")
+    choice = np.zeros(1, np.int64)
+    return Candidate(number, {}, choice, kl, 8192, sequences, 1, unseen=unseen)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_search_does_not_serve_what_only_luck_puts_within_the_limit(
+    packaged: Tables, tmp_path: Path
+) -> None:
+    """A limit is put between both figures of a point of the front: it was served without it."""
+    front = run_search(llama(tmp_path / "wide", largest_kl=0.1)).front
+    gaps = [(p.kl, p.unseen.value) for p in front if p.unseen and p.unseen.value > 1.01 * p.kl]
+    assert gaps, "a front of which no point was lucky shows nothing"
+    low, high = max(gaps, key=lambda gap: gap[1] / gap[0])
+    limit = (low * high) ** 0.5
+    again = run_search(llama(tmp_path / "narrow", largest_kl=limit)).front
+    chosen = next(point for point in again if point.chosen)
+    refused = next(p for p in again if p.unseen and abs(p.unseen.value - high) < 1e-9 * high)
+    assert refused.kl <= limit < refused.believed
+    assert chosen.believed <= limit
+    assert chosen.sequences < refused.sequences
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -397,7 +397,7 @@ def test_bands_of_rules_that_ran_live_hold_what_the_same_rules_lost_on_that_mode
         for family, row in best.items()
         if family not in ("offered", "option")
     ]
-    assert len(cells) == 25
+    assert len(cells) >= 25
     for share, family, live in cells:
         found = loss_at(curves[family], share, family)
         assert found.low <= live <= found.high, (family, share)

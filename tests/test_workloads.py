@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from functools import partial
-from itertools import combinations
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,13 @@ def runs(items: list[Any], length: int) -> set[tuple[Any, ...]]:
 
 @pytest.mark.parametrize(
     "source",
-    [texts.prose, texts.code, *(partial(texts.made_up, kind) for kind in MAKERS)],
-    ids=["prose", "code", *MAKERS],
+    [
+        texts.prose,
+        texts.code,
+        *(partial(texts.written, kind) for kind in texts.WRITTEN),
+        *(partial(texts.made_up, kind) for kind in MAKERS),
+    ],
+    ids=["prose", "code", *texts.WRITTEN, *MAKERS],
 )
 def test_no_run_of_words_is_in_two_splits(source: Any) -> None:
     found = {
@@ -85,6 +90,36 @@ def test_no_run_of_words_is_in_two_splits(source: Any) -> None:
     assert all(len(r) > 5000 for r in found.values())
     for one, other in combinations(SPLITS, 2):
         assert not found[one] & found[other]
+
+
+@pytest.mark.parametrize("kind", ["prose", "chat"])
+def test_what_follows_a_splits_own_texts_shares_nothing_with_another_split(kind: str) -> None:
+    own = texts.prose() if kind == "prose" else texts.chat()
+    further = texts.further(kind)
+
+    def words_in(documents: Any) -> set[tuple[Any, ...]]:
+        return set().union(*(runs(texts.words(d.text), texts.SHARED_WORDS) for d in documents))
+
+    for one, other in permutations(SPLITS, 2):
+        assert not words_in(own[one]) & words_in(further[other])
+
+
+@pytest.mark.parametrize("kind", ["prose", "chat", "code", "source", *MAKERS])
+def test_every_split_has_text_for_four_samples_of_8192_tokens(kind: str) -> None:
+    """SmolLM2's tokenizer makes a token of 2 to 3.8 characters of these texts, measured by hand."""
+    plan = Workload({"search": {}})
+    for split in SPLITS:
+        groups = workloads._documents(plan, kind, split)  # type: ignore[arg-type]
+        assert sum(len(d.text) for some in groups for d in some) > 4 * 8193 * 3.8
+
+
+def test_what_follows_leaves_shorter_samples_as_they_were(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Workload({"select": {"prose": 2, "retrieval": 1, "chat": 2}}, tokens=1500, observed=300)
+    with_further = build(plan, tokenizer)
+    monkeypatch.setattr(texts, "further", lambda kind: dict.fromkeys(SPLITS, ()))
+    assert build(plan, tokenizer) == with_further
 
 
 @pytest.mark.parametrize("kind", ["prose", "code"])
@@ -315,5 +350,5 @@ def test_made_up_stories_are_each_in_one_of_three_languages() -> None:
 def test_the_mixed_workload_has_every_kind_in_every_split(tokenizer: Any) -> None:
     plan = replace(workloads.mixed(), tokens=700, observed=200)
     made = Counter((sample.split, sample.kind) for sample in build(plan, tokenizer))
-    kinds = {"prose", "code", "retrieval", "json", "logs", "dialogue", "language"}
+    kinds = {"prose", "code", "retrieval", "guide", "source", *MAKERS}
     assert made == dict.fromkeys(((split, kind) for split in SPLITS for kind in kinds), 1)

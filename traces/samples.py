@@ -14,7 +14,7 @@ from kvtune.common.errors import KvtuneError
 Split = Literal["search", "select", "evaluate"]
 Kind = Literal[
     "prose", "code", "retrieval", "recall", "chat", "copy", "user",
-    "json", "logs", "dialogue", "language",
+    "guide", "source", "json", "logs", "dialogue", "language",
     "single", "multikey", "tracking", "common", "frequent", "turns", "instruction", "leak",
 ]  # fmt: skip
 SPLITS: tuple[Split, ...] = get_args(Split)

@@ -1,4 +1,4 @@
-"""Text that is on every machine, and the user's own, dealt to splits so that nothing is shared.
+"""Text that is on every machine or comes with kvtune, and the user's own, dealt to splits.
 
 Documents are dealt whole; a passage that also stands in another split's documents is then left
 out of one of them, so that no run of ``SHARED_WORDS`` words is in two splits.
@@ -6,6 +6,7 @@ out of one of them, so that no run of ``SHARED_WORDS`` words is in two splits.
 
 from __future__ import annotations
 
+import gzip
 import random
 import re
 import sysconfig
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
+from importlib import resources
 from pathlib import Path
 
 from kvtune.common.errors import KvtuneError
@@ -80,13 +82,45 @@ def code() -> Mapping[Split, tuple[Document, ...]]:
     return _deal(documents)
 
 
-@cache
 def chat() -> Mapping[Split, tuple[Document, ...]]:
     """Conversations by split: questions about the language reference, answered from it in turns."""
+    return _in_turns(prose())
+
+
+def further(kind: str) -> Mapping[Split, tuple[Document, ...]]:
+    """What follows where a split's own texts of a kind end: long samples need more than these have.
+
+    Python's language reference is 100,000 tokens in all; kvtune's own pages go on behind it.
+    """
+    if kind not in ("prose", "chat"):
+        return dict.fromkeys(SPLITS, ())
+    return written("guide") if kind == "prose" else _in_turns(written("guide"))
+
+
+def _in_turns(
+    documents: Mapping[Split, tuple[Document, ...]],
+) -> Mapping[Split, tuple[Document, ...]]:
+    """The same documents as conversations about them."""
     return {
-        split: tuple(Document(d.name, "\n\n".join(_turns(d))) for d in documents)
-        for split, documents in prose().items()
+        split: tuple(Document(d.name, "\n\n".join(_turns(d))) for d in some)
+        for split, some in documents.items()
     }
+
+
+WRITTEN = ("guide", "source")
+"""Kinds of text that kvtune's own pages and sources are, as they once were."""
+
+
+@cache
+def written(kind: str) -> Mapping[Split, tuple[Document, ...]]:
+    """kvtune's own pages (``guide``) or Python sources (``source``), by split.
+
+    Written in 2026, after the models that are packaged were trained, and under kvtune's licence;
+    kept as ``benchmarks/own_texts.py`` once found them, so that samples stay the same.
+    """
+    packed = (resources.files("kvtune.traces") / f"written/{kind}.jsonl.gz").read_bytes()
+    lines = gzip.decompress(packed).decode("utf-8").split("\n")
+    return _deal([Document(**parse_json(line, kind)) for line in lines if line])
 
 
 _MADE_UP_DOCUMENTS = 24  # of a split

@@ -87,8 +87,12 @@ def small(seed: int = 0) -> Workload:
 
 
 def mixed(seed: int = 0) -> Workload:
-    """As ``small``, with JSON, logs, conversations and other languages beside the three kinds."""
-    each = dict.fromkeys(("prose", "code", "retrieval", *MAKERS), 1)
+    """As ``small``, with texts that no packaged model was trained on beside the three kinds.
+
+    A guide and sources that are younger than these models, and made-up JSON, logs, conversations
+    and stories in other languages.
+    """
+    each = dict.fromkeys(("prose", "code", "retrieval", *texts.WRITTEN, *MAKERS), 1)
     return Workload(dict.fromkeys(SPLITS, each), tokens=1024, observed=128, seed=seed)
 
 
@@ -191,7 +195,7 @@ def _drawn(
         if kind == "recall":
             yield recall(codec, split, *sizes, rng)
             continue
-        tokens = _stream(codec, texts.prose()[split], stream)
+        tokens = _stream(codec, _documents(workload, "prose", split), stream)
         haystack = _first(tokens, workload.tokens + 1)
         if kind in TASKS:
             yield TASKS[kind](Setting(codec, haystack, split, *sizes[:2], rng))
@@ -205,7 +209,7 @@ def _windows(
     workload: Workload, codec: Codec, split: Split, kind: Kind, count: int
 ) -> Iterator[Passage]:
     """Consecutive windows of N + 1 tokens from the split's documents in a drawn order."""
-    documents = _documents(workload, kind)[split]
+    documents = _documents(workload, kind, split)
     tokens = _stream(codec, documents, f"{workload.seed}/{split}/{kind}")
     length = workload.tokens + 1
     for made in range(count):
@@ -220,22 +224,25 @@ def _windows(
         yield Passage(window, (-1,) * length)
 
 
-def _documents(workload: Workload, kind: Kind) -> Mapping[Split, Sequence[texts.Document]]:
+def _documents(workload: Workload, kind: Kind, split: Split) -> list[Sequence[texts.Document]]:
+    """A split's documents of a kind, and those that follow them where they are not enough."""
     sources: Mapping[str, Callable[[], Mapping[Split, Sequence[texts.Document]]]] = {
         "prose": texts.prose,
         "code": texts.code,
         "chat": texts.chat,
         "user": lambda: texts.user(workload.files),
+        **{kind: partial(texts.written, kind) for kind in texts.WRITTEN},
         **{kind: partial(texts.made_up, kind) for kind in MAKERS},
     }
-    return sources[kind]()
+    return [sources[kind]()[split], texts.further(kind)[split]]
 
 
-def _stream(codec: Codec, documents: Sequence[texts.Document], seed: str) -> Iterator[int]:
-    """Tokens of all documents in a drawn order, one after another."""
+def _stream(codec: Codec, groups: Sequence[Sequence[texts.Document]], seed: str) -> Iterator[int]:
+    """Tokens of all documents, group after group, each group's in a drawn order."""
     rng = random.Random(seed)  # noqa: S311 - samples, not secrets
-    for document in rng.sample(documents, len(documents)):
-        yield from codec.encode(document.text + "\n\n")
+    for documents in groups:
+        for document in rng.sample(documents, len(documents)):
+            yield from codec.encode(document.text + "\n\n")
 
 
 def _first(tokens: Iterator[int], count: int) -> list[int]:

@@ -47,8 +47,8 @@ class SearchOptions(TypedDict, total=False):
             or ``"any"``, the widest with which a plan does what is asked.
         max_kl: loss that is acceptable, nats a token, 0.02.
         trials: of the outer study, 60.
-        workload: texts that are searched on: ``"small"`` or ``"mixed"`` (JSON, logs, conversations
-            and other languages too) for a CPU, ``"full"`` for a GPU.
+        workload: texts that are searched on: ``"small"`` or ``"mixed"`` (JSON, logs, conversations,
+            other languages, a guide and sources too) for a CPU, ``"full"`` for a GPU.
         menu: methods that a head may have: ``"three"``, ``"few"`` more, or ``"all"``, of which the
             best seven; left out, ``"auto"``: all on a GPU, on a CPU as many as add little time.
         stack: a serving stack that the plan must be expressible on: ``"vllm"``, ``"llama-cpp"``...
