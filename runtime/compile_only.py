@@ -106,7 +106,8 @@ def _decode(kernels: Kernels) -> list[Callable[[], object]]:
 
 def _store(kernels: Kernels) -> list[Callable[[], object]]:
     """Writing prompts into pages, a kernel for each layout."""
-    from kvtune.runtime.cache.backend import TritonBackend, Writing
+    from kvtune.runtime.cache.backend import Writing
+    from kvtune.runtime.cache.triton_backend import TritonBackend
 
     shape = kernels.kv_heads, _TOKENS, kernels.head_dim
     keys = torch.zeros(shape, dtype=getattr(torch, kernels.dtype))
@@ -137,7 +138,8 @@ def _surroundings(kernels: Kernels) -> list[Callable[[], object]]:
     """What surrounds attention in a step, and the launch that rotates and appends."""
     if kernels.widths is None:
         return []
-    from kvtune.runtime.cache.backend import Growing, TritonBackend
+    from kvtune.runtime.cache.backend import Growing
+    from kvtune.runtime.cache.triton_backend import TritonBackend
     from kvtune.runtime.kernels.elementwise import add_rms_norm, gated, rms_norm
     from kvtune.runtime.rotation import Rotation
 

@@ -24,7 +24,7 @@ from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.runtime import admission, compile_only, graph, promise
 from kvtune.runtime.cache import policy_cache
-from kvtune.runtime.cache.backend import TritonBackend
+from kvtune.runtime.cache.triton_backend import TritonBackend
 from kvtune.runtime.compiled_ahead import kernels_of
 from kvtune.runtime.fuse import fused
 from kvtune.traces.geometry import read_geometry
