@@ -26,7 +26,7 @@ from kvtune.simulator.quality.tables import head_exchangeable
 from kvtune.traces.models import LoadedModel, load_model
 from kvtune.traces.needles import UNASKED_END
 from kvtune.traces.workloads import Workload, build
-from kvtune.tuner.band import band, beyond
+from kvtune.tuner.band import band, needed_factor
 from kvtune.tuner.solver import evicts
 from kvtune.tuner.source_models import packaged_calibration, packaged_tables
 
@@ -101,7 +101,7 @@ def main() -> None:
     rows = [
         {"option": label, "live": means[label], "live_by_kind": kinds,
          "band": [expected[label].low, expected[label].high], "source": expected[label].value,
-         "beyond": beyond(expected[label], means[label])}
+         "needed factor": needed_factor(expected[label], means[label])}
         for label, kinds in lives.items()
     ]  # fmt: skip
     inside = sum(row["band"][0] <= row["live"] <= row["band"][1] for row in rows)

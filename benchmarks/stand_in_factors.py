@@ -32,7 +32,7 @@ import numpy as np
 from stand_in_left_out import Ran
 
 from kvtune.common.files import write_json
-from kvtune.tuner.band import FACTOR_BY_FAMILY, beyond
+from kvtune.tuner.band import FACTOR_BY_FAMILY, needed_factor
 from kvtune.tuner.curves import loss_at
 from kvtune.tuner.source_models import packaged_tables
 
@@ -73,7 +73,7 @@ def group_of(family: str) -> str:
     return family if family in FACTOR_BY_FAMILY else OTHERS
 
 
-def own(family: str, policy: str) -> bool:
+def is_its_own(family: str, policy: str) -> bool:
     """Whether a family does something of its own; what keeps all tokens is the uniform rule."""
     return family == "uniform" or policy.split()[1] != "full"
 
@@ -82,10 +82,10 @@ def same_length(direction: Mapping[str, Any]) -> dict[str, dict[str, list[float]
     """Cells of a direction of ``stand_in_left_out.py``, by factor and group."""
     found: dict[str, dict[str, list[float]]] = {OTHERS: {}}
     for row in direction["rules"]:
-        if own(row["family"], row["policy"]):
+        if is_its_own(row["family"], row["policy"]):
             groups = found.setdefault(group_of(row["family"]), {})
-            groups.setdefault("rules, same length", []).append(row["beyond"])
-    found[OTHERS]["options, same length"] = [row["beyond"] for row in direction["options"]]
+            groups.setdefault("rules, same length", []).append(row["needed factor"])
+    found[OTHERS]["options, same length"] = [row["needed factor"] for row in direction["options"]]
     return found
 
 
@@ -94,11 +94,11 @@ def other_length(ran: Ran) -> Iterator[tuple[str, float]]:
     curves = packaged_tables()[1]["baselines"]
     for share, family in ran.losses:
         policy = ran.best(share, family)
-        if family in curves and own(family, policy):
+        if family in curves and is_its_own(family, policy):
             loss = ran.mean(ran.losses[share, family][policy])
             source, back = loss_at(curves[family], share, family), ran.band(share, family, policy)
-            yield group_of(family), beyond(source, loss, family)
-            yield group_of(family), beyond(back, source.value, family)
+            yield group_of(family), needed_factor(source, loss, family)
+            yield group_of(family), needed_factor(back, source.value, family)
 
 
 def factors(cells: Mapping[str, Cells], least: float = 1.0) -> dict[str, float]:
@@ -113,7 +113,7 @@ def judged(direction: Mapping[str, Any], by: Mapping[str, float]) -> dict[str, A
     """Shares of a direction's plans offered, rules and options that such factors hold."""
 
     def inside(rows: Sequence[Mapping[str, Any]]) -> float:
-        held = [row["beyond"] <= by[group_of(row.get("family", OTHERS))] for row in rows]
+        held = [row["needed factor"] <= by[group_of(row.get("family", OTHERS))] for row in rows]
         return float(np.mean(held))
 
     names = ("offered", "rules", "options")
@@ -139,7 +139,7 @@ def all_cells(
                 found.setdefault(name, {}).setdefault(group, []).extend(cells)
     for name, cell in other_length(ran):
         found[name].setdefault("rules, other length", []).append(cell)
-    found[OTHERS]["options live, other length"] = [row["beyond"] for row in live["rows"]]
+    found[OTHERS]["options live, other length"] = [row["needed factor"] for row in live["rows"]]
     return found
 
 
@@ -156,7 +156,9 @@ def main() -> None:
         for file in (arguments.left_out, arguments.live)
     )
     directions = left_out["directions"]
-    least = floor([row for row in directions[0]["rules"] if own(row["family"], row["policy"])])
+    least = floor(
+        [row for row in directions[0]["rules"] if is_its_own(row["family"], row["policy"])]
+    )
     cells = all_cells(directions, live, Ran.of(arguments.families))
     by = factors(cells, least)
     groups = {

@@ -11,9 +11,9 @@ loss of its own best uniform rule that is, which is known afterwards only and pi
 that it is shown for. TABLES, files of ``second_source.py`` in the same order, add all options of
 the menu, one for all heads: bands by the source's tables, losses by the other's.
 
-``beyond`` is the factor that a band would need to hold a loss. Those in ``tuner/band.py`` are set
-on these very rows, of both directions (``stand_in_factors.py``), so that what lies inside by them
-is in-sample. That script also sets them on each direction alone and judges the other one.
+``needed factor`` is the one that a band would need to hold a loss. The factors in
+``tuner/band.py`` are set on these very rows, of both directions (``stand_in_factors.py``), so that
+what lies inside by them is in-sample. That script also sets them on each direction alone and judges the other one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from stand_in_tables import bands
 from kvtune.common.estimate import Estimate
 from kvtune.common.files import write_json
 from kvtune.simulator.quality.tables_file import load_tables
-from kvtune.tuner.band import band_of_live, beyond
+from kvtune.tuner.band import band_of_live, needed_factor
 from kvtune.tuner.quality import mean_interval, mean_over_kinds, ratio_interval
 from kvtune.tuner.stand_in_rules import GROUPS
 
@@ -93,7 +93,8 @@ def rules(source: Ran, other: Ran) -> Iterator[dict[str, Any]]:
             yield {
                 "share": share, "family": family, "policy": policy,
                 "band": [found.low, found.high], "source": found.value, "loss": loss,
-                "inside": found.low <= loss <= found.high, "beyond": beyond(found, loss, family),
+                "inside": found.low <= loss <= found.high,
+                "needed factor": needed_factor(found, loss, family),
             }  # fmt: skip
 
 

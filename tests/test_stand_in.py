@@ -24,7 +24,7 @@ from kvtune.simulator.quality.tables_file import save_tables
 from kvtune.tests.made_up import llama
 from kvtune.tests.tiers import first
 from kvtune.tuner import source_models, stack_formats
-from kvtune.tuner.band import FACTOR, FACTOR_BY_FAMILY, band, band_of_live, beyond
+from kvtune.tuner.band import FACTOR, FACTOR_BY_FAMILY, band, band_of_live, needed_factor
 from kvtune.tuner.curves import loss_at, rows_at
 from kvtune.tuner.explore.reader import StudyReader
 from kvtune.tuner.explore.what_if import Setting, figures_of
@@ -408,7 +408,7 @@ def test_bands_of_rules_that_ran_live_hold_what_the_same_rules_lost_on_that_mode
     outside = [
         (share, family)
         for share, family, live in cells
-        if beyond(loss_at(curves[family], share, family), live, family)
+        if needed_factor(loss_at(curves[family], share, family), live, family)
         > FACTOR_BY_FAMILY.get(family, FACTOR)
     ]
     assert outside == [(0.35, "kvzip")]
@@ -420,8 +420,8 @@ def test_a_band_reaches_as_many_times_below_its_source_as_above() -> None:
         found = band_of_live(0.1, (0.1, 0.1), {}, family)
         assert found.high / 0.1 == pytest.approx(times)
         assert 0.1 / found.low == pytest.approx(times)
-        assert beyond(found, 0.2, family) == pytest.approx(2)
-        assert beyond(found, 0.05, family) == pytest.approx(2)
+        assert needed_factor(found, 0.2, family) == pytest.approx(2)
+        assert needed_factor(found, 0.05, family) == pytest.approx(2)
 
 
 def test_factors_are_those_that_both_directions_between_two_models_ask_for() -> None:
@@ -434,7 +434,7 @@ def test_factors_are_those_that_both_directions_between_two_models_ask_for() -> 
         groups = [group["factor"] for group in found["groups"][name].values()]
         assert asked == pytest.approx(max(found["floor"], *groups))
         assert asked <= set_on[name] <= 1.02 * asked
-    needed = [row["beyond"] for row in live["rows"]]
+    needed = [row["needed factor"] for row in live["rows"]]
     assert found["groups"]["others"]["options live, other length"] == {
         "cells": len(needed), "factor": max(needed), "most": max(needed)
     }  # fmt: skip
@@ -451,7 +451,7 @@ def test_each_direction_is_held_by_factors_that_were_set_on_the_other_one(least:
         factors = judged["factors of the other direction"]
         (cells,) = (each[name] for each in rows if each["left out"] == judged["left out"])
         others = factors["others"]
-        held = [row["beyond"] <= factors.get(row.get("family"), others) for row in cells]
+        held = [row["needed factor"] <= factors.get(row.get("family"), others) for row in cells]
         assert judged[least] == pytest.approx(np.mean(held))
         assert judged[least] >= 0.8
 

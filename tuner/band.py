@@ -85,7 +85,7 @@ def factor(family: str = "uniform") -> float:
     return FACTOR_BY_FAMILY.get(family, FACTOR)
 
 
-def beyond(found: Estimate, loss: float, family: str = "uniform") -> float:
+def needed_factor(found: Estimate, loss: float, family: str = "uniform") -> float:
     """The factor that a band of a family would need to hold this loss; below 1 needs none."""
     return float(factor(family) * max(loss / found.high, found.low / loss))
 
