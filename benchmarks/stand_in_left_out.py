@@ -13,7 +13,8 @@ the menu, one for all heads: bands by the source's tables, losses by the other's
 
 ``needed factor`` is the one that a band would need to hold a loss. The factors in
 ``tuner/band.py`` are set on these very rows, of both directions (``stand_in_factors.py``), so that
-what lies inside by them is in-sample. That script also sets them on each direction alone and judges the other one.
+what lies inside by them is in-sample. That script also sets them on each direction alone and judges
+the other one.
 """
 
 from __future__ import annotations
