@@ -35,8 +35,9 @@ from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
-from kvtune.runtime.cache.backend import Backend, backend_for
+from kvtune.runtime.cache.backend import Backend
 from kvtune.runtime.cache.plain_backend import PlainBackend
+from kvtune.runtime.cache.which_backend import backend_for
 from kvtune.runtime.serving.blocks import PlannedBlocks
 from kvtune.runtime.serving.running import Running
 from kvtune.runtime.serving.seat_planning import most_room

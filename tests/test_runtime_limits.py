@@ -28,10 +28,10 @@ from kvtune.policies.policy import Policy
 from kvtune.policies.slabs import share_of_slab
 from kvtune.runtime import load_cache
 from kvtune.runtime.cache import policy_cache
-from kvtune.runtime.cache.backend import backend_type
 from kvtune.runtime.cache.foreseen import pages_wanted
 from kvtune.runtime.cache.placing import warn_of_slow_formats
 from kvtune.runtime.cache.policy_cache import PolicyCache
+from kvtune.runtime.cache.which_backend import backend_type
 from kvtune.tests.padded import ids
 from kvtune.tests.tiers import each
 from kvtune.traces.geometry import Geometry

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from kvtune.common.transformers_interface import gguf_read_once
 from kvtune.policies.allocator import Allocator
@@ -69,13 +70,13 @@ def test_one_more_token_of_a_head_would_not_have_fitted(allocator: Allocator, re
 def test_a_layers_preference_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     layers = [make_signals(Case(32, 8)) for _ in range(3)]
-    preference = CakeLayers.preference
+    computed = CakeLayers._entropy_and_shift
 
-    def counted(self: CakeLayers, signals: Signals) -> float:
+    def counted(self: CakeLayers, signals: Signals) -> Tensor:
         asked.append(id(signals))
-        return preference(self, signals)
+        return computed(self, signals)
 
-    monkeypatch.setattr(CakeLayers, "preference", counted)
+    monkeypatch.setattr(CakeLayers, "_entropy_and_shift", counted)
     allocator, methods = CakeLayers(window=4), [[SnapKV()] * 2] * 3
     budgets = np.full((3, layers[0].keys.shape[0]), 8)
     first = allocator.settle(budgets, methods, layers.__getitem__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import kvtune
 from kvtune.common.estimate import BAND, Estimate
@@ -108,16 +108,17 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
             *_costs(found, chosen, baselines),
         ),
         other_lengths=elsewhere,
-        provenance={
-            "kvtune": kvtune.__version__,
-            "seed": request.seed,
-            "study": found.study,
-            **source.provenance,
-        },
+        provenance=_provenance(found),
         on_stack=on_stack,
         times=times,
         untimed=untimed,
     )
+
+
+def _provenance(found: Found) -> dict[str, Any]:
+    """Versions, seeds and hashes that the result follows from."""
+    made = {"kvtune": kvtune.__version__, "seed": found.request.seed, "study": found.study}
+    return made | dict(found.source.provenance)
 
 
 def begin_compiling(found: Found, likely: Candidate) -> None:

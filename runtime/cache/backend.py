@@ -1,16 +1,13 @@
-"""What is asked of whoever works on pages, and who that is: kernels on a GPU, else plain torch.
+"""What is asked of whoever works on pages: kernels on a GPU, else plain torch.
 
 Both write the same pages and give the same answers: ``triton_backend.py``, ``plain_backend.py``.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
-import torch
 from torch import Tensor
 
 from kvtune.policies.pages import PageLayout
@@ -160,27 +157,3 @@ class Backend(Protocol):
 
     def copy_tokens(self, copies: Copies) -> None:
         """Copy single tokens between pages whose tokens share no scale."""
-
-
-def backend_type(device: Any) -> type[Backend]:
-    """The backend of a device: kernels where there is a GPU and Triton; else plain torch."""
-    # Both are made of what is described above, which they import.
-    if torch.device(device).type == "cuda" and importlib.util.find_spec("triton"):
-        from kvtune.runtime.cache.triton_backend import TritonBackend
-
-        return TritonBackend
-    from kvtune.runtime.cache.plain_backend import PlainBackend
-
-    return PlainBackend
-
-
-def backend_for(device: Any) -> Backend:
-    """One of the type that ``backend_type`` says; with a warning where that is slow."""
-    found = backend_type(device)
-    if not found.has_kernels:
-        warnings.warn(
-            f"kvtune's kernels need a CUDA device and Triton; on {device} the cache answers "
-            "rightly in plain torch, slowly",
-            stacklevel=2,
-        )
-    return found()

@@ -32,7 +32,6 @@ from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.reader import read_policy
 from kvtune.runtime.cache.answering import NAME, Answering
 from kvtune.runtime.cache.attention import attention, padding_mask
-from kvtune.runtime.cache.backend import backend_type
 from kvtune.runtime.cache.evicting import check_evicting
 from kvtune.runtime.cache.placing import check_host, warn_of_slow_formats
 from kvtune.runtime.cache.plain_backend import PlainBackend
@@ -40,6 +39,7 @@ from kvtune.runtime.cache.policy_cache import PolicyCache
 from kvtune.runtime.cache.selecting import check_reader
 from kvtune.runtime.cache.sentences import SentenceEnds, watch
 from kvtune.runtime.cache.settling import check_residual
+from kvtune.runtime.cache.which_backend import backend_type
 from kvtune.runtime.cache.whole_prompt import calibration_for, check_passes, repeated, when_read
 from kvtune.traces.geometry import Geometry, read_geometry
 from kvtune.traces.learned import learned_layers

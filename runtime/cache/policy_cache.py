@@ -21,7 +21,7 @@ from kvtune.policies.paging import Growth
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Signals
 from kvtune.runtime.cache.answering import Answering
-from kvtune.runtime.cache.backend import Backend, backend_for
+from kvtune.runtime.cache.backend import Backend
 from kvtune.runtime.cache.beside import Shared
 from kvtune.runtime.cache.foreseen import cells_for
 from kvtune.runtime.cache.host_pool import HostPool
@@ -33,6 +33,7 @@ from kvtune.runtime.cache.pool import PoolFullError
 from kvtune.runtime.cache.reserving import reserve
 from kvtune.runtime.cache.sentences import SentenceEnds
 from kvtune.runtime.cache.settling import settle
+from kvtune.runtime.cache.which_backend import backend_for
 from kvtune.runtime.kernels.launch import Scratch
 from kvtune.traces.calibration import Calibration
 from kvtune.traces.geometry import Geometry

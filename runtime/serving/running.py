@@ -18,9 +18,10 @@ from torch import Tensor
 
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.signals import Signals
-from kvtune.runtime.cache.backend import Backend, backend_for
+from kvtune.runtime.cache.backend import Backend
 from kvtune.runtime.cache.reading import column_sums
 from kvtune.runtime.cache.sending import sent
+from kvtune.runtime.cache.which_backend import backend_for
 from kvtune.runtime.serving.blocks import PlannedBlocks
 from kvtune.runtime.serving.compressing import compress
 from kvtune.runtime.serving.held import Held

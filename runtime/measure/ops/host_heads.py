@@ -18,10 +18,11 @@ from kvtune.policies.page_formats import PAGE
 from kvtune.policies.pages import PageLayout
 from kvtune.policies.policy import Policy
 from kvtune.profiles.kernel_table import Point
-from kvtune.runtime.cache.backend import Fetching, backend_for
+from kvtune.runtime.cache.backend import Fetching
 from kvtune.runtime.cache.host_pool import HostPool
 from kvtune.runtime.cache.host_rows import HostRows
 from kvtune.runtime.cache.paged_layer import PagedLayer
+from kvtune.runtime.cache.which_backend import backend_for
 from kvtune.runtime.kernels.launch import Scratch
 from kvtune.runtime.measure.filled import filled
 from kvtune.runtime.measure.grid import Grid
