@@ -27,6 +27,8 @@ def read_policy_input(named: Path) -> PolicyDocument:
 
     Raises:
         KvtuneError: no such file and no such words, or mistakes in them.
+
+    Of a file that was edited since its search wrote it, nothing is said of its loss.
     """
     if not named.exists() and not named.suffix.startswith(".y"):
         from kvtune.policies.policy_file.named import is_named, known_words, read_named, words_of
@@ -45,7 +47,10 @@ def read_policy_input(named: Path) -> PolicyDocument:
     from kvtune.tuner.config_file import check_run
 
     check_run(path.parent)
-    return read_policy(path)
+    document = read_policy(path)
+    from kvtune.tuner.edited import as_edited, is_edited
+
+    return as_edited(document) if is_edited(path) else document
 
 
 def check_writable(folder: Path, option: str) -> None:

@@ -15,6 +15,7 @@ from kvtune.tuner.beside import Beside, helpers_of
 from kvtune.tuner.candidate import Candidate, pick
 from kvtune.tuner.checks import check_request, no_head_is_known, scores_of
 from kvtune.tuner.cross_fit import cross_fitted_front
+from kvtune.tuner.edited import set_aside
 from kvtune.tuner.explore.reader import StudyReader
 from kvtune.tuner.explore.record import Recorder
 from kvtune.tuner.filling import held_by_runtime
@@ -62,15 +63,17 @@ def _finished(request: SearchRequest, progress: Progress) -> SearchResult | None
         found = finished(request)
     except KvtuneError as error:
         progress.note(f"{error}; it is made anew")
+        set_aside(request.run_dir)
         return None
     if found is not None:
         progress.note(f"this search has ended before; its answer is read from {request.run_dir}")
-    elif answers_another(request):
+        return found
+    if not set_aside(request.run_dir) and answers_another(request):
         progress.note(
-            f"{request.run_dir} answers another question (other options, or edited files); this "
-            f"answer will take its place{_made_before(request.run_dir)}. --run-dir keeps both."
+            f"{request.run_dir} answers another question (other options or texts, or damaged files); "
+            f"this answer will take its place{_made_before(request.run_dir)}. --run-dir keeps both."
         )
-    return found
+    return None
 
 
 def _made_before(run_dir: Path) -> str:
