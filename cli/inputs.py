@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvtune.common.errors import KvtuneError, nearest
+from kvtune.common.errors import KvtuneError, meant
 from kvtune.common.stored import require_file
 
 if TYPE_CHECKING:
@@ -36,9 +36,10 @@ def read_policy_input(named: Path) -> PolicyDocument:
         if is_named(str(named)):
             return read_named(str(named))
         if len(words_of(str(named))) == 1 and "/" not in str(named):
-            near = nearest(str(named), known_words())
+            near = meant(str(named), known_words(), likeness=0.7)
             raise KvtuneError(
-                f"no file and no policy is called {str(named)!r}. {near}", hint=_NO_POLICY
+                f"no file, run directory or policy is called {str(named)!r}. {near}".rstrip(),
+                hint=_NO_POLICY,
             )
     path = read_policy_path(named)
     is_begun = named.is_dir() and (named / "config.json").is_file()

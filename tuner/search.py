@@ -70,7 +70,7 @@ def _finished(request: SearchRequest, progress: Progress) -> SearchResult | None
         return found
     if not set_aside(request.run_dir) and answers_another(request):
         progress.note(
-            f"{request.run_dir} answers another question (other options or texts, or damaged files); "
+            f"{request.run_dir} answers another question (other options, texts or results); "
             f"this answer will take its place{_made_before(request.run_dir)}. --run-dir keeps both."
         )
     return None
