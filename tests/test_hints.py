@@ -11,6 +11,7 @@ from kvtune.common.errors import KvtuneError
 from kvtune.common.files import other_folder
 from kvtune.policies.policy_file.document import read_policy
 from kvtune.policies.policy_file.named import read_named
+from kvtune.tui.screens.validate import _failure
 
 
 @pytest.mark.parametrize("words", ["snapkv 250% int4", "snapkv 0% int4"])
@@ -38,6 +39,12 @@ def test_where_to_write_instead_names_no_option_that_a_command_lacks(
     assert "KVTUNE_CACHE" in other_folder(tmp_path / "cache" / "traces")
     assert "--" not in other_folder(tmp_path / "run")
     assert "KVTUNE_CACHE" not in other_folder(tmp_path / "run")
+
+
+def test_a_validation_that_fails_in_the_screen_keeps_its_hint_apart() -> None:
+    told = _failure(["loading ...", "error: no weights", "hint: name a folder."])
+    assert (str(told), told.hint) == ("no weights", "name a folder.")
+    assert str(_failure([])) == "the validation ended without a word"
 
 
 def policy(method: str, budget: str) -> str:

@@ -32,7 +32,7 @@ from kvtune.tuner.serving_room import Budgets, budgets_of, notes_on
 from kvtune.tuner.simple_points import simple_points
 from kvtune.tuner.solver import Solver
 from kvtune.tuner.sources import QualitySource
-from kvtune.tuner.stand_in_rules import Offer, offers_of, rule_points
+from kvtune.tuner.stand_in_rules import Offer, offers_of, rule_points, said_of_methods
 from kvtune.tuner.starts import start_points
 from kvtune.tuner.trials import study_trials
 from kvtune.tuner.which_menu import with_menu
@@ -62,7 +62,7 @@ def _finished(request: SearchRequest, progress: Progress) -> SearchResult | None
     try:
         found = finished(request)
     except KvtuneError as error:
-        progress.note(f"{error}; it is made anew")
+        progress.note(f"{error}. The search goes on and writes it again.")
         set_aside(request.run_dir)
         return None
     if found is not None:
@@ -90,6 +90,8 @@ def _search(request: SearchRequest, progress: Progress, beside: Beside) -> Searc
     if request.moved_bytes is not None:
         source = replace(source, tables=on_both_sides(source.tables))
     rules = _rules(request, budgets, source)
+    if source.stand_in:
+        progress.note(said_of_methods(source.tables, with_rules=request.stack is None))
     source = source.with_rules([each.rule for each in rules])
     question = question_of(request, budgets, source)
     solver = Solver.of(question)
