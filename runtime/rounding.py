@@ -19,7 +19,7 @@ from kvtune.traces.samples import Sample
 
 
 def rounds_visibly(loaded: LoadedModel) -> bool:
-    """Whether the model runs in fewer bits than float32, in which live losses have no such floor."""
+    """Whether live losses have such a floor: in float32 it is far below any loss."""
     return loaded.dtype != "float32"
 
 
