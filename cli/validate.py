@@ -208,4 +208,6 @@ def _run(
 ) -> Validation:
     from kvtune.tuner.validate import validate_policy
 
-    return validate_policy(policy, loaded, samples, stored_alike=bool(stack), progress=progress)
+    return validate_policy(
+        policy, loaded, samples, stored_alike=bool(stack), rounding=True, progress=progress
+    )

@@ -95,7 +95,7 @@ def test_in_float32_nothing_is_run_said_or_kept(
     (found,) = run(in_32_bits, samples, Kept(tmp_path), rounding=True)
     assert found.rounding is None
     assert len([*tmp_path.iterdir()]) == len(samples)  # a file for each live run
-    assert validate_policy(int8(), in_32_bits, samples).rounding is None
+    assert validate_policy(int8(), in_32_bits, samples, rounding=True).rounding is None
 
 
 def test_a_stacks_way_to_run_has_a_floor_of_its_own(
@@ -103,7 +103,7 @@ def test_a_stacks_way_to_run_has_a_floor_of_its_own(
 ) -> None:
     """That of the uncompressed cache run in one pass over all tokens, as such policies are."""
     whole = full_policy(in_16_bits)
-    found = validate_policy(whole, in_16_bits, samples, stored_alike=True)
+    found = validate_policy(whole, in_16_bits, samples, stored_alike=True, rounding=True)
     assert found.live.value > 0
     assert found.rounding == pytest.approx(found.live.value, rel=1e-5)
 

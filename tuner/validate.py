@@ -77,9 +77,10 @@ def validate_policy(
     samples: Sequence[Sample],
     *,
     stored_alike: bool = False,
+    rounding: bool = False,
     progress: Progress | None = None,
 ) -> Validation:
-    """Run one policy live: prompt, compression, observed tokens, all now; rounding is measured."""
+    """Run one policy live: prompt, compression, observed tokens, all now."""
     needs = policy.needs
 
     def fresh(sample: Sample) -> Prompt:
@@ -87,7 +88,7 @@ def validate_policy(
 
     return validate_policies(
         [policy], loaded, samples, fresh,
-        stored_alike=stored_alike, rounding=True, progress=progress,
+        stored_alike=stored_alike, rounding=rounding, progress=progress,
     )[0]  # fmt: skip
 
 
