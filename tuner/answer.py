@@ -22,6 +22,7 @@ from kvtune.tuner.live_baselines import live_baselines, live_on_stack
 from kvtune.tuner.on_stack import BytesThere
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import Baseline, FrontPoint, Quality, SearchResult
+from kvtune.tuner.rounding import MEASURED, said_of_rounding
 from kvtune.tuner.serving_room import Budgets
 from kvtune.tuner.solver import Solver
 from kvtune.tuner.sources import QualitySource
@@ -77,6 +78,8 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
     quality = quality_of(predicted, validation)
     elsewhere = _elsewhere(found, chosen, policy, quality, progress)
     baselines = tuple(row.baseline for row in compared)
+    provenance = _provenance(found, validation)
+    rounding = said_of_rounding(provenance, [on_stack or baselines[0], *baselines[1:]])
     if source.beside is not None:
         source.beside.finish()
     times, untimed = _times(found, policy, chosen, cost, progress)
@@ -106,19 +109,26 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
             *_notes(found, chosen, quality),
             *(length_note(at, source.tables.prompt_tokens) for at in elsewhere),
             *_costs(found, chosen, baselines),
+            *([rounding] if rounding else []),
         ),
         other_lengths=elsewhere,
-        provenance=_provenance(found),
+        provenance=provenance,
         on_stack=on_stack,
         times=times,
         untimed=untimed,
     )
 
 
-def _provenance(found: Found) -> dict[str, Any]:
-    """Versions, seeds and hashes that the result follows from."""
-    made = {"kvtune": kvtune.__version__, "seed": found.request.seed, "study": found.study}
-    return made | dict(found.source.provenance)
+def _provenance(found: Found, validation: Validation | None) -> dict[str, Any]:
+    """Versions, seeds, hashes; of a model that ran in 16 bits, what rounding makes of losses."""
+    floor = validation.rounding if validation else None
+    return {
+        "kvtune": kvtune.__version__,
+        "seed": found.request.seed,
+        "study": found.study,
+        **found.source.provenance,
+        **({} if floor is None else {MEASURED: floor}),
+    }
 
 
 def begin_compiling(found: Found, likely: Candidate) -> None:

@@ -213,6 +213,7 @@ def ran_live(
     samples: Sequence[Sample],
     *,
     stored_alike: bool = False,
+    rounding: bool = False,
     progress: Progress,
     **known: Any,
 ) -> list[Validation]:
@@ -223,6 +224,7 @@ def ran_live(
         policies: for its shape.
         samples: of its trace.
         stored_alike: of ``validate_policies``.
+        rounding: likewise.
         progress: told of every sample.
         known: further arguments of ``validate_policies``, which change no result.
     """
@@ -236,7 +238,8 @@ def ran_live(
 
         def share(executor: Executor) -> bool:
             model = loaded.name, loaded.device, loaded.dtype
-            what = *model, trace.root, trace.checked, policies, stored_alike, source.kept
+            given = trace.root, trace.checked, policies, stored_alike, rounding, source.kept
+            what = *model, *given
             parts = [executor.submit(live_part, sample.id, *what) for sample in samples]
             for part in progress.track(parts, "running live", len(parts)):
                 part.result()
@@ -250,6 +253,7 @@ def ran_live(
         samples,
         lambda sample: traced_prompt(trace, trace.sample(sample.id), loaded.device, probes=False),
         stored_alike=stored_alike,
+        rounding=rounding,
         progress=progress,
         kept=source.kept,
         **known,
@@ -265,6 +269,7 @@ def live_part(
     checked: frozenset[str],
     policies: Sequence[Policy],
     stored_alike: bool,
+    rounding: bool,
     kept: Kept,
 ) -> None:
     """Run policies live on one sample, by a helper; what they lose is left in ``kept``."""
@@ -278,5 +283,5 @@ def live_part(
     validate_policies(
         policies, loaded, [record],
         lambda _: traced_prompt(trace, record, loaded.device, probes=False),
-        stored_alike=stored_alike, kept=kept,
+        stored_alike=stored_alike, rounding=rounding, kept=kept,
     )  # fmt: skip
