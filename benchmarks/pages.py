@@ -100,6 +100,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "transport-levels": policy_pages.levels,
     "reuse": policy_pages.reuse,
     "first-answer": first_minutes_pages.first_answer,
+    "searches-on-cpu": first_minutes_pages.searches_on_cpu,
     "mistakes": first_minutes_pages.mistakes,
     "explorer": first_minutes_pages.explorer,
     "plain-step": first_minutes_pages.plain_step,
