@@ -71,6 +71,20 @@ def searches_on_cpu() -> str:
     return table(head, (row(*each) for each in SEARCHES.items()))
 
 
+def search_on_cpu_said() -> str:
+    """The same in a sentence, beside what it took an older processor."""
+    few, three = (result(file)["searches"][0]["seconds"] for file in SEARCHES.values())
+    (older,) = result("search-stages-cpu.json")["searches"]
+    verdict = "reached" if few <= SEARCH_S else "missed"
+    return (
+        "**The first command takes minutes on a CPU**: without `--context 2k` it took two cores of "
+        f"a newer processor,\nbeside light other work, {few:.0f} s with the methods that a CPU "
+        f"tries by itself ({SEARCH_S:.0f} s asked: {verdict}) and {three:.0f} s with\n"
+        f"`--menu three`, which took an older one {older['seconds']:.0f} s "
+        "([benchmarks](benchmarks.md#where-a-search-spends-its-time-on-an-h200))."
+    )
+
+
 def mistakes() -> str:
     """Processor seconds until a mistake is refused."""
     found = result("mistakes-cpu.json")

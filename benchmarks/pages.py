@@ -102,6 +102,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "reuse": policy_pages.reuse,
     "first-answer": first_minutes_pages.first_answer,
     "searches-on-cpu": first_minutes_pages.searches_on_cpu,
+    "search-on-cpu-said": first_minutes_pages.search_on_cpu_said,
     "mistakes": first_minutes_pages.mistakes,
     "explorer": first_minutes_pages.explorer,
     "plain-step": first_minutes_pages.plain_step,

@@ -192,7 +192,11 @@ def other_constants() -> str:
         name = f"`{each['changed']}` {each['to']:g}" if "changed" in each else "as shipped"
         rows.append((name, *(cell for pair in zip(*cells, strict=True) for cell in pair)))
     over, single = "over all kinds", "single kinds (how many kinds have 75 to 90 %)"
-    head = [f"{what}, {texts}" for what in (over, single, "a factor of") for texts in _TEXTS]
+    head = [
+        f"{what}, {texts}"
+        for what in (over, single, "over all kinds a factor of")
+        for texts in _TEXTS
+    ]
     return table(("constants", *head), rows)
 
 

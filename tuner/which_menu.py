@@ -3,8 +3,8 @@
 On a GPU all methods are tried, which takes it minutes. On a CPU a wider menu is taken where it adds
 no more than a minute to a search, or than half of what the search takes without it. What it adds is
 estimated from the model's shape and the samples, by processor seconds that were measured on SmolLM2
-(``search_stages.py`` and ``menu_times.py`` of ``benchmarks``); nothing is timed here, so that the same command asks the same
-question again.
+(``search_stages.py`` and ``menu_times.py`` of ``benchmarks``); nothing is timed here, so that the
+same command asks the same question again.
 """
 
 from __future__ import annotations
