@@ -24,6 +24,7 @@ from kvtune.traces.passes import run_observed, run_prompt
 from kvtune.traces.probes import Probes
 from kvtune.traces.samples import Sample
 from kvtune.traces.sentences import sentence_ends
+from kvtune.traces.shards import remove_parts
 from kvtune.traces.signals import column_sums
 from kvtune.traces.trace import Trace, open_trace
 from kvtune.traces.writer import CaptureSettings, TraceWriter
@@ -116,6 +117,7 @@ def capture(
             if written is not None:
                 written.result()
         writer.close()
+        remove_parts(Path(out_dir))  # of helpers that ended before all samples were there
         return open_trace(Path(out_dir), writer.hashed)
 
 
