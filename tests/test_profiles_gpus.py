@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from kvtune.profiles.gpus import (
     list_gpus,
     names_of,
     parse_gpu,
+    smallest_free_bytes,
 )
 from kvtune.tests.tiers import each
 

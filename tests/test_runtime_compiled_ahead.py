@@ -126,7 +126,7 @@ def test_what_only_the_column_sums_are_new_of_is_sent(monkeypatch: pytest.Monkey
     compiling.send(whole)
     (last,) = sent[before:]
     assert last.column_sums
-    assert not (last.decode or last.stored or last.widths)
+    assert (last.decode, last.stored, last.widths) == ((), (), None)
     compiling.send(whole)
     assert len(sent) == before + 1
 

@@ -220,7 +220,7 @@ def test_a_helper_returns_and_raises_what_its_function_does(two: Helpers) -> Non
 
 
 def test_a_helper_that_ends_is_lost(two: Helpers) -> None:
-    with pytest.raises(HelperLostError, match="has ended with exit code 3$"):
+    with pytest.raises(HelperLostError, match=r"has ended with exit code 3$"):
         two.submit(os._exit, 3).result()
 
 
@@ -228,13 +228,13 @@ def test_a_lost_helper_is_named_with_what_it_wrote_last(two: Helpers) -> None:
     """``abort`` says so on standard error, as do drivers and allocators that end a process."""
     two.submit(os.write, 2, b"no more\nmemory\n").result()
     two.submit(os.write, 2, b"no more\nmemory\n").result()
-    with pytest.raises(HelperLostError, match="ended by signal 6; it wrote last: .*no more memory"):
+    with pytest.raises(HelperLostError, match=r"signal 6; it wrote last: .*no more memory"):
         two.submit(os.abort).result()
 
 
 def test_a_helper_that_hangs_is_ended() -> None:
     helpers = Helpers(1, longest_s=0.1)
-    with pytest.raises(HelperLostError, match="had not answered after 0.1 s and was ended"):
+    with pytest.raises(HelperLostError, match=r"had not answered after 0\.1 s"):
         helpers.submit(time.sleep, 3600).result()
     helpers.shutdown()
 
@@ -290,12 +290,12 @@ def test_helpers_begin_before_a_menu_is_chosen(
     """Choosing imports torch where no device is named, which helpers do at the same time."""
     order: list[str] = []
 
-    class Stopped(Exception):
+    class StoppedError(Exception):
         pass
 
     def chosen(_: SearchRequest) -> None:
         order.append("menu")
-        raise Stopped
+        raise StoppedError
 
     def counted(_: SearchRequest) -> int:
         order.append("helpers")
@@ -303,7 +303,7 @@ def test_helpers_begin_before_a_menu_is_chosen(
 
     monkeypatch.setattr(search, "with_menu", chosen)
     monkeypatch.setattr(beside, "_count", counted)
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         run_search(replace(asked("run"), menu="auto", device=None))
     assert order == ["helpers", "menu"]
 
@@ -343,7 +343,7 @@ def test_kernels_that_cannot_be_begun_are_given_up_with_a_note(
     some.finish(notes)
 
 
-class Unreadable(Exception):
+class UnreadableError(Exception):
     """Can be pickled, and not be made again: it is made of two words, and keeps one."""
 
     def __init__(self, one: str, other: str) -> None:
@@ -351,7 +351,7 @@ class Unreadable(Exception):
 
 
 def raise_unreadable() -> None:
-    raise Unreadable("quite", "lost")
+    raise UnreadableError("quite", "lost")
 
 
 def test_an_error_that_cannot_be_read_is_said_in_words() -> None:
