@@ -24,7 +24,8 @@ from kvtune.simulator.quality.build import build_tables
 from kvtune.simulator.quality.shards import build_tables_on
 from kvtune.traces.capture import capture
 from kvtune.traces.models import load_model
-from kvtune.traces.shards import PARTS, CaptureJob, capture_on, capture_part
+from kvtune.traces.parts import PARTS
+from kvtune.traces.shards import CaptureJob, capture_on, capture_part
 from kvtune.traces.trace import Trace
 
 OPTIONS = [Option(H2O(), Budget(share=0.3)), Option(SnapKV(), Budget(share=0.2), Int4(), Int4())]
@@ -124,7 +125,8 @@ class Notes(Silent):
 def interrupted_alone(job: CaptureJob, monkeypatch: pytest.MonkeyPatch) -> None:
     """One sample is captured by this process, which then stops."""
     capture_module = sys.modules[capture.__module__]
-    run, ran = capture_module._run, []
+    run = capture_module._run
+    ran: list[int] = []
 
     def once(*given: Any) -> Any:
         if ran:

@@ -20,11 +20,11 @@ from kvtune.common.rotary import later_queries, query_moments
 from kvtune.traces.asking import ASKED, asked_again
 from kvtune.traces.calibration import require_calibration
 from kvtune.traces.output_head import OutputHead, Slopes
+from kvtune.traces.parts import remove_parts
 from kvtune.traces.passes import run_observed, run_prompt
 from kvtune.traces.probes import Probes
 from kvtune.traces.samples import Sample
 from kvtune.traces.sentences import sentence_ends
-from kvtune.traces.shards import remove_parts
 from kvtune.traces.signals import column_sums
 from kvtune.traces.trace import Trace, open_trace
 from kvtune.traces.writer import CaptureSettings, TraceWriter

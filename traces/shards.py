@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import shutil
 from concurrent.futures import Executor
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -22,13 +21,12 @@ from kvtune.common.processes import own_device
 from kvtune.common.progress import Progress, Silent
 from kvtune.common.stored import read_json
 from kvtune.traces.manifest import ENTRY, MANIFEST, read_manifest
+from kvtune.traces.parts import part_of, remove_parts
 from kvtune.traces.samples import Sample
 from kvtune.traces.trace import Trace, open_trace
 
 if TYPE_CHECKING:
     from kvtune.traces.models import LoadedModel
-
-PARTS = "parts"
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,8 @@ def capture_on(
             progress.note(f"{len(there)} samples are already captured")
         waiting = [engine.submit(capture_part, job, index, device) for index in missing]
         for part in progress.track(waiting, "capturing attention", len(waiting)):
-            ran |= {part.result()} - {None}
+            if folder := part.result():
+                ran.add(folder)
         if missing:
             _join(job, there)
     trace = open_trace(job.folder)
@@ -112,19 +111,11 @@ def capture_part(job: CaptureJob, index: int, device: str) -> str | None:
     )
     if (job.folder / MANIFEST).is_file():
         TraceWriter(job.folder, settings)  # refuses what is not the same trace; writes nothing
-    sample, writer = job.samples[index], TraceWriter(_part(job, index), settings)
+    sample, writer = job.samples[index], TraceWriter(part_of(job.folder, index), settings)
     if writer.finished(sample):
         return None
     capture_sample(loaded, sample, index, settings, writer)
     return str(writer.entries[sample.id]["folder"])
-
-
-def remove_parts(folder: Path) -> None:
-    """Remove what workers have left in a trace's folder, and nothing that is not theirs."""
-    for manifest in (folder / PARTS).glob(f"[0-9]*/{MANIFEST}"):
-        shutil.rmtree(manifest.parent, ignore_errors=True)
-    with suppress(OSError):  # there is none, or something else lies in it
-        (folder / PARTS).rmdir()
 
 
 @cache
@@ -134,10 +125,6 @@ def loaded_once(model: str, device: str, dtype: str) -> LoadedModel:
 
     usual = choose_dtype(device)[0] == dtype  # then the trace says for which reason
     return load_model(model, device=device, dtype=None if usual else dtype)
-
-
-def _part(job: CaptureJob, index: int) -> Path:
-    return job.folder / PARTS / f"{index:04d}"
 
 
 def _captured(job: CaptureJob) -> dict[str, Any]:
@@ -162,10 +149,10 @@ def _join(job: CaptureJob, there: dict[str, Any]) -> None:
         if sample.id in there:
             entries.append(there[sample.id])
             continue
-        header = read_json(_part(job, index) / MANIFEST)
+        header = read_json(part_of(job.folder, index) / MANIFEST)
         (entry,) = header.pop("samples")
         shutil.rmtree(job.folder / entry["folder"], ignore_errors=True)
-        shutil.move(_part(job, index) / entry["folder"], job.folder / entry["folder"])
+        shutil.move(part_of(job.folder, index) / entry["folder"], job.folder / entry["folder"])
         entries.append(entry)
     write_json(job.folder / MANIFEST, {**header, "samples": entries})
     remove_parts(job.folder)

@@ -178,9 +178,8 @@ def _with_rule(found: Found, progress: Progress) -> Found:
         return found
     points = cross_fitted_front(source, recalibrated(found, source.calibration).expected)
     beside = pick(points, request.largest_kl)
-    begin_compiling(
-        found, beside, progress
-    )  # most searches come to this plan or to one much like it
+    # Most searches come to this plan or to one much like it.
+    begin_compiling(found, beside, progress)
     rule = best_rule(found, beside, progress)
     if rule is None:
         return found
