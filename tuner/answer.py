@@ -61,7 +61,7 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
     """The chosen plan checked, beside the baselines, and the front that it stands on."""
     request, source, solver = found.request, found.source, found.solver
     policy, budget = solver.policy(chosen), found.budgets[chosen.place].at(chosen.sequences)
-    begin_compiling(found, chosen)
+    begin_compiling(found, chosen, progress)
     cost = _cost(found, chosen)
     predicted = _predicted(found, chosen)
     validation: Validation | None = None
@@ -76,12 +76,14 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
     else:
         compared = stand_in_baselines(source, solver, policy, chosen, predicted.kl)
     quality = quality_of(predicted, validation)
+    if source.beside is not None:
+        source.beside.end_helpers()  # other lengths need the memory that their models take
     elsewhere = _elsewhere(found, chosen, policy, quality, progress)
     baselines = tuple(row.baseline for row in compared)
     provenance = _provenance(found, validation)
     rounding = said_of_rounding(provenance, [on_stack or baselines[0], *baselines[1:]])
     if source.beside is not None:
-        source.beside.finish()
+        source.beside.finish(progress)
     times, untimed = _times(found, policy, chosen, cost, progress)
     return SearchResult(
         request=request,
@@ -131,14 +133,14 @@ def _provenance(found: Found, validation: Validation | None) -> dict[str, Any]:
     }
 
 
-def begin_compiling(found: Found, likely: Candidate) -> None:
+def begin_compiling(found: Found, likely: Candidate, progress: Progress) -> None:
     """Let other processes compile what a plan will be timed with, while this one goes on."""
     loaded, beside = found.source.loaded, found.source.beside
     if loaded is not None and beside is not None and beside.compiles_for(loaded.device):
         from kvtune.runtime.timing import uncompressed
 
         policy = found.solver.policy(likely)
-        beside.compile([policy, uncompressed(policy)], loaded)
+        beside.compile([policy, uncompressed(policy)], loaded, progress)
 
 
 def quality_of(predicted: Quality, validation: Validation | None) -> Quality:

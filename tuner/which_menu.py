@@ -9,10 +9,10 @@ same command asks the same question again.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from kvtune.common.processors import processors
 from kvtune.traces.workloads import named_workload
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.sources import menu_of
@@ -80,7 +80,7 @@ def with_menu(request: SearchRequest, cores: int | None = None) -> tuple[SearchR
         return three, ""
     if _device(request).startswith("cuda") and "all" in wider:
         return wider["all"], _said_on_gpu(request)
-    seconds = seconds_of(request, cores or _cores())
+    seconds = seconds_of(request, cores or processors())
     chosen = next((name for name in wider if seconds.allows(name)), None)
     found = wider[chosen] if chosen else three
     return found, _said_on_cpu(found, seconds)
@@ -113,13 +113,6 @@ def _device(request: SearchRequest) -> str:
     from kvtune.traces.models import best_device
 
     return request.device or best_device()
-
-
-def _cores() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS and Windows
-        return os.cpu_count() or 1
 
 
 def _methods(request: SearchRequest) -> int:
