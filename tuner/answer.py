@@ -30,6 +30,8 @@ from kvtune.tuner.stand_in_baselines import stand_in_baselines
 from kvtune.tuner.within import stores_alike
 
 if TYPE_CHECKING:
+    from kvtune.tuner.live_baselines.py
+tuner.verdict import Compared
     from kvtune.tuner.timing import Times
     from kvtune.tuner.validate import Validation
 
@@ -59,22 +61,12 @@ class Found:
 
 def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
     """The chosen plan checked, beside the baselines, and the front that it stands on."""
-    request, source, solver = found.request, found.source, found.solver
-    policy, budget = solver.policy(chosen), found.budgets[chosen.place].at(chosen.sequences)
+    request, source = found.request, found.source
+    policy, budget = found.solver.policy(chosen), found.budgets[chosen.place].at(chosen.sequences)
     begin_compiling(found, chosen, progress)
     cost = _cost(found, chosen)
     predicted = _predicted(found, chosen)
-    validation: Validation | None = None
-    on_stack: Baseline | None = None
-    if source.loaded:
-        ours = source.of_own_runtime
-        compared, validation = live_baselines(
-            ours, policy, chosen, ours.loss_of(chosen.choice), progress
-        )
-        if predicted.stack:
-            on_stack, validation = live_on_stack(source, compared[0], chosen, progress)
-    else:
-        compared = stand_in_baselines(source, solver, policy, chosen, predicted.kl)
+    compared, validation, on_stack = _compared(found, chosen, policy, predicted, progress)
     quality = quality_of(predicted, validation)
     if source.beside is not None:
         source.beside.end_helpers()  # other lengths need the memory that their models take
@@ -119,6 +111,22 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
         times=times,
         untimed=untimed,
     )
+
+
+def _compared(
+    found: Found, chosen: Candidate, policy: Policy, predicted: Quality, progress: Progress
+) -> tuple[Sequence[Compared], Validation | None, Baseline | None]:
+    """The plan first and the baselines; how the plan ran live, and as its stack runs it."""
+    source = found.source
+    if not source.loaded:
+        rows = stand_in_baselines(source, found.solver, policy, chosen, predicted.kl)
+        return rows, None, None
+    ours = source.of_own_runtime
+    rows, validation = live_baselines(ours, policy, chosen, ours.loss_of(chosen.choice), progress)
+    if not predicted.stack:
+        return rows, validation, None
+    on_stack, validation = live_on_stack(source, rows[0], chosen, progress)
+    return rows, validation, on_stack
 
 
 def _provenance(found: Found, validation: Validation | None) -> dict[str, Any]:
