@@ -18,7 +18,7 @@ from kvtune.tuner.candidate import Candidate
 from kvtune.tuner.cross_fit import cross_fitted_front
 from kvtune.tuner.explore.record import selection_split
 from kvtune.tuner.lengths import LossAt, carried_to, length_note, lengths_to_run, losses_at
-from kvtune.tuner.live_baselines import live_baselines, live_on_stack
+from kvtune.tuner.live_baselines import Compared, live_baselines, live_on_stack
 from kvtune.tuner.on_stack import BytesThere
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import Baseline, FrontPoint, Quality, SearchResult
@@ -30,8 +30,6 @@ from kvtune.tuner.stand_in_baselines import stand_in_baselines
 from kvtune.tuner.within import stores_alike
 
 if TYPE_CHECKING:
-    from kvtune.tuner.live_baselines.py
-tuner.verdict import Compared
     from kvtune.tuner.timing import Times
     from kvtune.tuner.validate import Validation
 
