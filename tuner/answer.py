@@ -35,6 +35,7 @@ from kvtune.tuner.live_baselines import live_baselines, live_on_stack
 from kvtune.tuner.on_stack import BytesThere
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import Baseline, FrontPoint, Quality, SearchResult
+from kvtune.tuner.rounding import MEASURED, said_of_rounding
 from kvtune.tuner.serving_room import Budgets
 from kvtune.tuner.solver import Solver
 from kvtune.tuner.sources import QualitySource
@@ -42,6 +43,8 @@ from kvtune.tuner.stand_in_baselines import stand_in_baselines
 from kvtune.tuner.within import stores_alike
 
 if TYPE_CHECKING:
+    from kvtune.tuner.live_baselines.py
+tuner.verdict import Compared
     from kvtune.tuner.timing import Times
     from kvtune.tuner.validate import Validation
 
@@ -71,27 +74,21 @@ class Found:
 
 def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
     """The chosen plan checked, beside the baselines, and the front that it stands on."""
-    source, solver = found.source, found.solver
-    policy, budget = solver.policy(chosen), found.budgets[chosen.place].at(chosen.sequences)
-    begin_compiling(found, chosen)
+    source = found.source
+    policy, budget = found.solver.policy(chosen), found.budgets[chosen.place].at(chosen.sequences)
+    begin_compiling(found, chosen, progress)
     cost = _cost(found, chosen)
     predicted = _predicted(found, chosen)
-    validation: Validation | None = None
-    on_stack: Baseline | None = None
-    if source.loaded:
-        ours = source.of_own_runtime
-        compared, validation = live_baselines(
-            ours, policy, chosen, ours.loss_of(chosen.choice), progress
-        )
-        if predicted.stack:
-            on_stack, validation = live_on_stack(source, compared[0], chosen, progress)
-    else:
-        compared = stand_in_baselines(source, solver, policy, chosen, predicted.kl)
+    compared, validation, on_stack = _compared(found, chosen, policy, predicted, progress)
     quality = quality_of(predicted, validation)
+    if source.beside is not None:
+        source.beside.end_helpers()  # other lengths need the memory that their models take
     elsewhere = _elsewhere(found, chosen, policy, quality, progress)
     baselines = tuple(row.baseline for row in compared)
+    provenance = _provenance(found, validation)
+    rounding = said_of_rounding(provenance, [on_stack or baselines[0], *baselines[1:]])
     if source.beside is not None:
-        source.beside.finish()
+        source.beside.finish(progress)
     times, untimed = _times(found, policy, chosen, cost, progress)
     return SearchResult(
         request=elsewhere.asked,
@@ -119,29 +116,52 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
             *_notes(found, chosen, quality),
             *elsewhere.notes,
             *_costs(found, chosen, baselines),
+            *([rounding] if rounding else []),
         ),
         other_lengths=elsewhere.losses,
-        provenance=_provenance(found),
+        provenance=provenance,
         on_stack=on_stack,
         times=times,
         untimed=untimed,
     )
 
 
-def _provenance(found: Found) -> dict[str, Any]:
-    """Versions, seeds and hashes that the result follows from."""
-    made = {"kvtune": kvtune.__version__, "seed": found.request.seed, "study": found.study}
-    return made | dict(found.source.provenance)
+def _compared(
+    found: Found, chosen: Candidate, policy: Policy, predicted: Quality, progress: Progress
+) -> tuple[Sequence[Compared], Validation | None, Baseline | None]:
+    """The plan first and the baselines; how the plan ran live, and as its stack runs it."""
+    source = found.source
+    if not source.loaded:
+        rows = stand_in_baselines(source, found.solver, policy, chosen, predicted.kl)
+        return rows, None, None
+    ours = source.of_own_runtime
+    rows, validation = live_baselines(ours, policy, chosen, ours.loss_of(chosen.choice), progress)
+    if not predicted.stack:
+        return rows, validation, None
+    on_stack, validation = live_on_stack(source, rows[0], chosen, progress)
+    return rows, validation, on_stack
 
 
-def begin_compiling(found: Found, likely: Candidate) -> None:
+def _provenance(found: Found, validation: Validation | None) -> dict[str, Any]:
+    """Versions, seeds, hashes; of a model that ran in 16 bits, what rounding makes of losses."""
+    floor = validation.rounding if validation else None
+    return {
+        "kvtune": kvtune.__version__,
+        "seed": found.request.seed,
+        "study": found.study,
+        **found.source.provenance,
+        **({} if floor is None else {MEASURED: floor}),
+    }
+
+
+def begin_compiling(found: Found, likely: Candidate, progress: Progress) -> None:
     """Let other processes compile what a plan will be timed with, while this one goes on."""
     loaded, beside = found.source.loaded, found.source.beside
     if loaded is not None and beside is not None and beside.compiles_for(loaded.device):
         from kvtune.runtime.timing import uncompressed
 
         policy = found.solver.policy(likely)
-        beside.compile([policy, uncompressed(policy)], loaded)
+        beside.compile([policy, uncompressed(policy)], loaded, progress)
 
 
 def quality_of(predicted: Quality, validation: Validation | None) -> Quality:
