@@ -31,7 +31,7 @@ from kvtune.tuner.lengths import (
     run_at,
     without,
 )
-from kvtune.tuner.live_baselines import live_baselines, live_on_stack
+from kvtune.tuner.live_baselines import Compared, live_baselines, live_on_stack
 from kvtune.tuner.on_stack import BytesThere
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import Baseline, FrontPoint, Quality, SearchResult
@@ -43,8 +43,6 @@ from kvtune.tuner.stand_in_baselines import stand_in_baselines
 from kvtune.tuner.within import stores_alike
 
 if TYPE_CHECKING:
-    from kvtune.tuner.live_baselines.py
-tuner.verdict import Compared
     from kvtune.tuner.timing import Times
     from kvtune.tuner.validate import Validation
 
