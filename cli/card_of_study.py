@@ -71,16 +71,19 @@ def card_of(study: Study) -> Card:
         time_per_token=figures.estimate("step_s", row),
         tokens_per_second=figures.estimate("tokens_per_s", row),
         budgets=tuple(_budgets(view)),
-        policies=tuple(
-            Other(b.name, b.prompt_bytes, b.predicted, b.live, b.retrieval_accuracy)
-            for b in outcome.baselines
-        ),
+        policies=tuple(_others(outcome)),
         command=command_of(study),
         tasks=tuple(_tasks(study, row)),
         layout=facts.layout,
         other_lengths=outcome.other_lengths,
         rounding=said_of_rounding(outcome.provenance, ran) or "",
     )
+
+
+def _others(outcome: StoredResult) -> Iterator[Other]:
+    """The plan and its baselines, with what each loses."""
+    for row in outcome.baselines:
+        yield Other(row.name, row.prompt_bytes, row.predicted, row.live, row.retrieval_accuracy)
 
 
 _ABOUT = {

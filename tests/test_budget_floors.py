@@ -101,11 +101,29 @@ def test_a_policy_file_keeps_the_floor() -> None:
     written = document(Budget(share=0.125).with_floor(FOUND))
     text = write_policy(written)
     assert "budget: 12.5% but at least 112 tokens" in text
+    assert "\nkvtune_policy: 2\n" in text  # an older kvtune is to say that it must be updated
     assert read_policy(text) == written
     assert read_policy(text).policy != document(Budget(share=0.125)).policy
 
 
-@pytest.mark.parametrize("budget", ["12.5% but at least tokens", "12.5% at least 12 tokens"])
+def test_a_policy_file_without_floors_can_be_read_by_every_kvtune() -> None:
+    written = document(Budget(share=0.125))
+    text = write_policy(written)
+    assert "\nkvtune_policy: 1\n" in text
+    assert read_policy(text) == written
+
+
+def test_a_floor_in_a_file_of_the_first_version_is_read() -> None:
+    """Searches wrote them so before the second version was."""
+    floored = document(Budget(share=0.125).with_floor(FOUND))
+    text = write_policy(floored).replace("kvtune_policy: 2", "kvtune_policy: 1")
+    assert read_policy(text) == floored
+
+
+@pytest.mark.parametrize(
+    "budget",
+    ["12.5% but at least tokens", "12.5% at least 12 tokens", "12.5% but at least 0 tokens"],
+)
 def test_a_floor_that_is_written_otherwise_is_told_how(budget: str) -> None:
     with pytest.raises(KvtuneError) as error:
         read_policy(f"kvtune_policy: 1\npolicy: {{method: snapkv, budget: {budget}}}\n")

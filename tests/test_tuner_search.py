@@ -333,14 +333,48 @@ def test_the_plan_runs_at_other_lengths_that_are_asked_for(
     (there,) = result.other_lengths
     assert (there.prompt_tokens, there.samples, there.kl.tier) == (40, 4, "live")
     assert any("on prompts of 40 tokens the plan loses" in note for note in result.notes)
+    (failed,) = [note for note in result.notes if "was not run on prompts" in note]
+    assert "1 000 000 tokens" in failed
+    assert "--lengths 1000000 tries it again" in failed
     assert (result.policy.budgets(40) >= np.minimum(result.policy.budgets(80), 40)).all()
     stored = read_result(request.run_dir / "result.json")
     assert stored.other_lengths == result.other_lengths
     document = read_policy(request.run_dir / "policy.yaml")
     assert document.provenance is not None
     assert document.provenance.other_lengths == {"40": there.kl.as_dict()}
-    card = card_of(StudyReader(request.run_dir).read())
-    assert "| loss at 40 tokens |" in as_markdown(card)
+    study = StudyReader(request.run_dir).read()
+    card = as_markdown(card_of(study))
+    assert "| loss at 40 tokens |" in card
+    assert "--lengths 40,1000000" in card
+
+
+def test_a_length_that_failed_is_tried_again_on_the_study_that_there_is(
+    own: SearchRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error in our own code loses no search; the same search then runs what is missing alone."""
+    monkeypatch.setattr(sources, "LAPTOP", Menu(METHODS, (0.25,), alike((Bf16(),))))
+    request = replace(own, lengths=(40,), sequences=1, run_dir=own.run_dir / "again")
+    without_lengths = run_search(replace(request, lengths=None))
+    work = Work()
+    with pytest.MonkeyPatch.context() as patch:
+        work.watch(patch)
+        patch.setattr("kvtune.tuner.answer.run_at", out_of_order)
+        first = run_search(request)
+    assert work.done == 0  # the study, its replays and live runs are there
+    assert first.other_lengths == ()
+    assert any("RuntimeError, out of order. The same search" in note for note in first.notes)
+    second = run_search(request)
+    assert [at.prompt_tokens for at in second.other_lengths] == [40]
+    assert not any("was not run on prompts" in note for note in second.notes)
+    assert second.policy == first.policy == without_lengths.policy
+    assert second.provenance["study"] == without_lengths.provenance["study"]
+    third = Notes()
+    assert run_search(request, third).other_lengths == second.other_lengths
+    assert any("has ended before" in note for note in third.said)
+
+
+def out_of_order(*_: object, **__: object) -> None:
+    raise RuntimeError("out of order")
 
 
 def test_a_search_in_16_bits_says_what_rounding_makes_of_its_losses(

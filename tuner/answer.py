@@ -17,7 +17,20 @@ from kvtune.tuner.baselines import COSTS
 from kvtune.tuner.candidate import Candidate
 from kvtune.tuner.cross_fit import cross_fitted_front
 from kvtune.tuner.explore.record import selection_split
-from kvtune.tuner.lengths import LossAt, carried_to, length_note, lengths_to_run, losses_at
+from kvtune.tuner.lengths import (
+    RUNS_THERE,
+    Elsewhere,
+    LossAt,
+    alike,
+    carried_to,
+    failed_note,
+    length_note,
+    lengths_to_run,
+    losses_at,
+    nothing_ran_note,
+    run_at,
+    without,
+)
 from kvtune.tuner.live_baselines import Compared, live_baselines, live_on_stack
 from kvtune.tuner.on_stack import BytesThere
 from kvtune.tuner.request import SearchRequest
@@ -59,7 +72,7 @@ class Found:
 
 def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
     """The chosen plan checked, beside the baselines, and the front that it stands on."""
-    request, source = found.request, found.source
+    source = found.source
     policy, budget = found.solver.policy(chosen), found.budgets[chosen.place].at(chosen.sequences)
     begin_compiling(found, chosen, progress)
     cost = _cost(found, chosen)
@@ -76,7 +89,7 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
         source.beside.finish(progress)
     times, untimed = _times(found, policy, chosen, cost, progress)
     return SearchResult(
-        request=request,
+        request=elsewhere.asked,
         budget=budget,
         front=_front_points(found, chosen),
         policy=policy,
@@ -99,11 +112,11 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
         notes=(
             *found.notes,
             *_notes(found, chosen, quality),
-            *(length_note(at, source.tables.prompt_tokens) for at in elsewhere),
+            *elsewhere.notes,
             *_costs(found, chosen, baselines),
             *([rounding] if rounding else []),
         ),
-        other_lengths=elsewhere,
+        other_lengths=elsewhere.losses,
         provenance=provenance,
         on_stack=on_stack,
         times=times,
@@ -156,21 +169,42 @@ def quality_of(predicted: Quality, validation: Validation | None) -> Quality:
 
 def _elsewhere(
     found: Found, chosen: Candidate, policy: Policy, quality: Quality, progress: Progress
-) -> tuple[LossAt, ...]:
+) -> Elsewhere:
     """The plan's loss at other prompt lengths: as it ran there, else at its context as fitted."""
-    source, context = found.source, chosen.context
-    measured = source.tables.prompt_tokens
-    ran: list[LossAt] = []
-    if source.loaded is not None:
-        asked = lengths_to_run(found.request, source.loaded.device, measured, context)
-        ran += losses_at(
-            policy, source.loaded, found.request, asked, progress,
-            stored_alike=stores_alike(found.request.stack),
-        )  # fmt: skip
-    known = {measured, *(at.prompt_tokens for at in ran)}
-    if context not in known and quality.kl.high > 0:
-        ran.append(carried_to(quality.kl, measured, context))
-    return tuple(sorted(ran, key=lambda at: at.prompt_tokens))
+    request, source, context = found.request, found.source, chosen.context
+    measured, loaded = source.tables.prompt_tokens, source.loaded
+    ran, failed = list[LossAt](), dict[int, str]()
+    if loaded is not None:
+        alike_stored = stores_alike(request.stack)
+        ran, failed = losses_at(
+            lengths_to_run(request, loaded.device, measured, context),
+            lambda tokens: run_at(
+                policy, loaded, request, tokens, progress, stored_alike=alike_stored
+            ),
+        )
+    notes = [length_note(at, measured) for at in ran]
+    known = (measured, *(at.prompt_tokens for at in ran))
+    if quality.kl.high > 0 and not any(alike(context, tokens) for tokens in known):
+        foretold, note = _at_context(found, policy, quality, context)
+        ran += foretold
+        tried = any(alike(context, tokens) for tokens in failed)
+        notes.append(note if tried else f"{note} {RUNS_THERE}")
+    notes += [failed_note(tokens, reason) for tokens, reason in failed.items()]
+    losses = tuple(sorted(ran, key=lambda at: at.prompt_tokens))
+    return Elsewhere(losses, tuple(notes), without(request, failed))
+
+
+def _at_context(
+    found: Found, policy: Policy, quality: Quality, context: int
+) -> tuple[list[LossAt], str]:
+    """What is foretold of the loss at the plan's context, and a line on it."""
+    shape, measured = found.request.shape, found.source.tables.prompt_tokens
+    held = policy.footprint(measured, shape.head_dim) + policy.host_bytes(measured, shape.head_dim)
+    kept = measured * held / shape.kv_bytes(measured)
+    at = carried_to(quality.kl, measured, context, kept)
+    if at is None:
+        return [], nothing_ran_note(context, measured)
+    return [at], length_note(at, measured)
 
 
 def _times(
