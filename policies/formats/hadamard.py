@@ -6,7 +6,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
 
 
 def block_of(head_dim: int) -> int:
@@ -29,15 +29,16 @@ def hadamard(rows: Tensor) -> Tensor:
 
 def _product(rows: Tensor) -> Tensor:
     block = block_of(rows.shape[-1])
-    return (rows.reshape(-1, block) @ _matrix(block)).view(rows.shape)
+    return (rows.reshape(-1, block) @ _matrix(block, rows.dtype)).view(rows.shape)
 
 
 @cache
-def _matrix(block: int) -> Tensor:
-    """``[block, block]`` float32 on the CPU."""
+def _matrix(block: int, dtype: dtype) -> Tensor:
+    """``[block, block]`` on the CPU."""
     import torch
 
-    return _transformed(torch.eye(block))
+    with torch.inference_mode(False):  # kept, so that it must not depend on who asks first
+        return _transformed(torch.eye(block, dtype=dtype))
 
 
 def _transformed(rows: Tensor) -> Tensor:
