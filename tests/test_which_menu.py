@@ -83,7 +83,7 @@ def test_seconds_grow_with_samples_and_model_and_fall_with_cores() -> None:
     assert two.three < two.few < two.all
     assert seconds_of(request(), 1).all == pytest.approx(2 * two.all)
     assert seconds_of(request(), 64) == seconds_of(request(), 4)  # not measured beyond
-    assert seconds_of(request(workload="mixed"), 2).three == pytest.approx(21 / 9 * two.three)
+    assert seconds_of(request(workload="mixed"), 2).three == pytest.approx(27 / 9 * two.three)
     assert seconds_of(big(), 2).three > 10 * two.three
 
 
