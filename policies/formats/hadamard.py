@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Tensor, dtype
+    from torch import Tensor
 
 
 def block_of(head_dim: int) -> int:
@@ -17,31 +16,9 @@ def block_of(head_dim: int) -> int:
 def hadamard(rows: Tensor) -> Tensor:
     """``[..., D]`` float32 times the orthonormal Hadamard matrix, which is its own inverse.
 
-    In Sylvester's order. Where D is no power of two, equal blocks of channels are rotated, each in
-    itself. On a CPU it is one product with the matrix, which takes a sixth of the time of the
-    transform's passes over memory; on a GPU the fast Walsh-Hadamard transform, log2(D) sums and
-    differences, whose results do not depend on how many rows there are.
+    Fast Walsh-Hadamard transform in Sylvester's order: log2(D) sums and differences. Where D is no
+    power of two, equal blocks of channels are rotated, each in itself.
     """
-    if rows.device.type == "cpu":
-        return _product(rows)
-    return _transformed(rows)
-
-
-def _product(rows: Tensor) -> Tensor:
-    block = block_of(rows.shape[-1])
-    return (rows.reshape(-1, block) @ _matrix(block, rows.dtype)).view(rows.shape)
-
-
-@cache
-def _matrix(block: int, dtype: dtype) -> Tensor:
-    """``[block, block]`` on the CPU."""
-    import torch
-
-    with torch.inference_mode(False):  # kept, so that it must not depend on who asks first
-        return _transformed(torch.eye(block, dtype=dtype))
-
-
-def _transformed(rows: Tensor) -> Tensor:
     import torch
 
     block = block_of(rows.shape[-1])
