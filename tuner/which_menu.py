@@ -24,7 +24,7 @@ ADDED_S, ADDED_SHARE = 60.0, 0.5
 """What a wider menu may add on a CPU: so many seconds, or so much of what the search takes."""
 
 _MOST_CORES = 4  # how much more of them shorten a search was not measured
-_REPLAY_S = {"three": 0.11, "few": 0.20, "all": 4.4}
+_REPLAY_S = {"three": 0.12, "few": 0.22, "all": 4.4}
 """A layer of a sample: ``menu-times-few-cpu.json``, and of all ``menu-times-cpu.json``."""
 _PASSES_S = (335 - 0.12 * 270) / (134.5e6 * 9 * 1024)
 """A parameter and token, all runs of the model together: what ``search-stages-cpu.json`` has beside
