@@ -13,6 +13,7 @@ from kvtune.tuner.explore.study import Study
 
 if TYPE_CHECKING:
     from kvtune.tuner.explore.view import View
+    from kvtune.tuner.stored_result import StoredResult
 
 _ROWS = 8  # budgets on one page
 
