@@ -51,7 +51,7 @@ class TritonBackend:
     def append_rotated(
         self, layer: Paged, growing: Growing, rotation: Rotation, values: Tensor
     ) -> Tensor:
-        """Append rotated keys and return rotated queries by one kernel: half of its programs append,
+        """Append rotated keys and return rotated queries by one kernel: half its programs append,
         the others rotate queries."""
         from kvtune.runtime.kernels.appending import append_rotated
 
