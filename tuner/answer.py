@@ -11,6 +11,7 @@ from kvtune.common.estimate import BAND, Estimate
 from kvtune.common.progress import Progress
 from kvtune.common.units import format_bytes, format_tokens
 from kvtune.policies.host_pages import host_sequence_bytes
+from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.simulator.cost import Cost, policy_cost
 from kvtune.tuner.baselines import COSTS
@@ -124,11 +125,27 @@ def _provenance(found: Found) -> dict[str, Any]:
 def begin_compiling(found: Found, likely: Candidate) -> None:
     """Let other processes compile what a plan will be timed with, while this one goes on."""
     loaded, beside = found.source.loaded, found.source.beside
-    if loaded is not None and beside is not None and beside.compiles_for(loaded.device):
+    if loaded is not None and beside is not None and _is_timed(found):
         from kvtune.runtime.timing import uncompressed
 
         policy = found.solver.policy(likely)
         beside.compile([policy, uncompressed(policy)], loaded)
+
+
+def _is_timed(found: Found) -> bool:
+    """Whether the plan is timed at the end: on the GPU that it is for, and with texts to read."""
+    return _has_gpu(found) and found.source.trace is not None and _is_for_this_gpu(found)
+
+
+def _has_gpu(found: Found) -> bool:
+    loaded = found.source.loaded
+    return loaded is not None and loaded.device.startswith("cuda")
+
+
+def _is_for_this_gpu(found: Found) -> bool:
+    from kvtune.tuner.timing import present_gpu
+
+    return present_gpu() == found.request.gpu
 
 
 def quality_of(predicted: Quality, validation: Validation | None) -> Quality:
@@ -139,7 +156,10 @@ def quality_of(predicted: Quality, validation: Validation | None) -> Quality:
 def _elsewhere(
     found: Found, chosen: Candidate, policy: Policy, quality: Quality, progress: Progress
 ) -> tuple[LossAt, ...]:
-    """The plan's loss at other prompt lengths: as it ran there, else at its context as fitted."""
+    """The plan's loss at other prompt lengths: as it ran there, else at its context as fitted.
+
+    At shorter prompts plans with floors were fitted alone.
+    """
     source, context = found.source, chosen.context
     measured = source.tables.prompt_tokens
     ran: list[LossAt] = []
@@ -150,9 +170,15 @@ def _elsewhere(
             stored_alike=stores_alike(found.request.stack),
         )  # fmt: skip
     known = {measured, *(at.prompt_tokens for at in ran)}
-    if context not in known and quality.kl.high > 0:
+    fitted = context > measured or all(map(_keeps_tokens, policy.options()))
+    if context not in known and fitted and quality.kl.high > 0:
         ran.append(carried_to(quality.kl, measured, context))
     return tuple(sorted(ran, key=lambda at: at.prompt_tokens))
+
+
+def _keeps_tokens(option: Option) -> bool:
+    """Whether it keeps of shorter prompts no fewer tokens, as the plans that were fitted did."""
+    return option.budget.share is None or option.budget.floor > 0
 
 
 def _times(
@@ -161,11 +187,11 @@ def _times(
     """As ``kvtune validate`` would time the plan; neither times nor a reason away from GPUs."""
     request, source = found.request, found.source
     loaded, trace = source.loaded, source.trace
-    if loaded is None or trace is None or not loaded.device.startswith("cuda"):
+    if loaded is None or trace is None or not _has_gpu(found):
         return None, None
-    from kvtune.tuner.timing import Served, present_gpu, times_or_reason
+    from kvtune.tuner.timing import Served, times_or_reason
 
-    if present_gpu() != request.gpu:
+    if not _is_for_this_gpu(found):
         return None, f"the GPU of this machine is no {request.gpu.name}, which the plan is for"
     progress.note("running the plan within its limit, and timing it beside the uncompressed cache")
     budget = found.budgets[chosen.place]

@@ -68,10 +68,6 @@ class Beside:
             self.end_helpers()
             return None
 
-    def compiles_for(self, device: str) -> bool:
-        """Whether a plan is timed on such a device, by kernels that are compiled."""
-        return device.startswith("cuda")
-
     def compile(self, policies: Sequence[Policy], loaded: LoadedModel) -> None:
         """Begin to compile the kernels of policies that were not begun before."""
         from kvtune.runtime.compiled_ahead import Compiling
