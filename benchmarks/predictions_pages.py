@@ -34,6 +34,7 @@ MORE = {
 """Runs with four selection and six evaluation texts a kind."""
 RUNS = {**FEW, **MORE}
 JUDGED = "predictions-judged.json"
+_TEXTS = ("4 and 6 texts", "2 and 2 or 3")
 LONG, GEMMA, SMALL = (
     "predictions-2-h200", "predictions-short-gemma-3-270m-h200", "predictions-short-smollm2-h200",
 )  # fmt: skip
@@ -183,6 +184,37 @@ def ways_to_level() -> str:
         "off by, single kinds", "over kinds",
     )  # fmt: skip
     return table(head, map(row, next(iter(runs.values()))["ways"]))
+
+
+def other_constants() -> str:
+    """Plans within 80 % intervals where one constant of the law is another."""
+    rows = []
+    for each in result("levels-constants.json"):
+        cells = [_held_by_design(each["runs"], names) for names in (MORE, FEW)]
+        name = f"`{each['changed']}` {each['to']:g}" if "changed" in each else "as shipped"
+        rows.append((name, *(cell for pair in zip(*cells, strict=True) for cell in pair)))
+    over, single = "over all kinds", "single kinds (how many kinds have 75 to 90 %)"
+    head = [
+        f"{what}, {texts}"
+        for what in (over, single, "over all kinds a factor of")
+        for texts in _TEXTS
+    ]
+    return table(("constants", *head), rows)
+
+
+def _held_by_design(runs: dict[str, Any], names: dict[str, str]) -> tuple[str, str, str]:
+    """Shares of plans held over all kinds and on single ones, and how wide intervals are."""
+    mine = [runs[f"{name}.json"] for name in names]
+    held = [run["within 80 % interval"] for run in mine]
+    over = [run["over kinds"] for run in held]
+    kinds = [sum(run[kind] for run in held) / len(held) for kind in KINDS]
+    right = sum(0.75 <= share <= 0.9 for share in kinds)
+    reach = [run["80 % interval reaches, times"]["over kinds"] for run in mine]
+    return (
+        f"{100 * sum(over) / len(over):.0f} % ({100 * min(over):.0f} to {100 * max(over):.0f})",
+        f"{100 * sum(kinds) / len(kinds):.0f} % ({right} of 6)",
+        f"{min(reach):.2f} to {max(reach):.2f}",
+    )
 
 
 def refined() -> str:

@@ -26,7 +26,7 @@ from kvtune.simulator.quality.tables import head_exchangeable
 from kvtune.traces.models import LoadedModel, load_model
 from kvtune.traces.needles import UNASKED_END
 from kvtune.traces.workloads import Workload, build
-from kvtune.tuner.band import band
+from kvtune.tuner.band import band, needed_factor
 from kvtune.tuner.solver import evicts
 from kvtune.tuner.source_models import packaged_calibration, packaged_tables
 
@@ -97,9 +97,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     (about, lives), expected = ran(arguments.model, arguments.device), bands()
+    means = {label: float(np.mean(list(kinds.values()))) for label, kinds in lives.items()}
     rows = [
-        {"option": label, "live": float(np.mean(list(kinds.values()))), "live_by_kind": kinds,
-         "band": [expected[label].low, expected[label].high], "source": expected[label].value}
+        {"option": label, "live": means[label], "live_by_kind": kinds,
+         "band": [expected[label].low, expected[label].high], "source": expected[label].value,
+         "needed factor": needed_factor(expected[label], means[label])}
         for label, kinds in lives.items()
     ]  # fmt: skip
     inside = sum(row["band"][0] <= row["live"] <= row["band"][1] for row in rows)

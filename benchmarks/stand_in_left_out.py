@@ -11,9 +11,10 @@ loss of its own best uniform rule that is, which is known afterwards only and pi
 that it is shown for. TABLES, files of ``second_source.py`` in the same order, add all options of
 the menu, one for all heads: bands by the source's tables, losses by the other's.
 
-Widening factors of bands were set on one direction alone, SmolLM2's losses at longer prompts
-against Gemma-3-270M's (``tuner/band.py``), so that the direction back is of factors that were not
-set on it. Both directions are of the same two models: a third one is not to be had.
+``needed factor`` is the one that a band would need to hold a loss. The factors in
+``tuner/band.py`` are set on these very rows, of both directions (``stand_in_factors.py``), so that
+what lies inside by them is in-sample. That script also sets them on each direction alone and judges
+the other one.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from stand_in_tables import bands
 from kvtune.common.estimate import Estimate
 from kvtune.common.files import write_json
 from kvtune.simulator.quality.tables_file import load_tables
-from kvtune.tuner.band import band_of_live
+from kvtune.tuner.band import band_of_live, needed_factor
 from kvtune.tuner.quality import mean_interval, mean_over_kinds, ratio_interval
 from kvtune.tuner.stand_in_rules import GROUPS
 
@@ -94,6 +95,7 @@ def rules(source: Ran, other: Ran) -> Iterator[dict[str, Any]]:
                 "share": share, "family": family, "policy": policy,
                 "band": [found.low, found.high], "source": found.value, "loss": loss,
                 "inside": found.low <= loss <= found.high,
+                "needed factor": needed_factor(found, loss, family),
             }  # fmt: skip
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from page_tables import FAMILIES, HERE, Figures, interval, result, spaced, table
 
 LEFT_OUT = "stand-in-left-out.json"
+FACTORS = "stand-in-factors.json"
 
 
 def stand_in_live() -> str:
@@ -36,23 +39,46 @@ def stand_in_choices() -> str:
 
 
 def stand_in_left_out() -> str:
-    """Each model in turn left out of the sources."""
+    """Each model in turn left out of the sources, by factors of the other direction and of both."""
     if not (HERE / "results" / LEFT_OUT).exists():
         return "No run is recorded yet."
+    found = result(FACTORS)
     heads = (
-        "source", "left out", "plans offered inside", "rules inside", "options inside",
+        "source", "left out", "factors", "plans offered inside", "rules inside", "options inside",
         "plans offered within 1.1 of its best uniform rule",
     )  # fmt: skip
-    return table(heads, [_direction(found) for found in result(LEFT_OUT)["directions"]])
+    within = {each["left out"]: _within(each) for each in result(LEFT_OUT)["directions"]}
+    unseen = [_judged(each, each["factors of the other direction"], "the other direction's", within)
+              for each in found["by the other direction"]]  # fmt: skip
+    seen = [_judged(each, found["factors"], "both", within) for each in found["in-sample"]]
+    return f"{table(heads, unseen + seen)}\n\n{_groups(found)}"
 
 
-def _direction(found: Figures) -> tuple[str, ...]:
-    shares = [found.get(f"{name} inside") for name in ("offered", "rules", "options")]
-    inside = ("-" if share is None else f"{100 * share:.0f} %" for share in shares)
+def _within(found: Figures) -> str:
     worst = max(row["times the best uniform"] for row in found["offered"])
-    within = f"{100 * found['offered within']:.0f} %, worst {worst:.2f} times"
+    return f"{100 * found['offered within']:.0f} %, worst {worst:.2f} times"
+
+
+def _judged(found: Figures, by: Figures, whose: str, within: Mapping[str, str]) -> tuple[str, ...]:
+    inside = (f"{100 * found[f'{name} inside']:.0f} %" for name in ("offered", "rules", "options"))
     names = (found[name].partition("-q4")[0] for name in ("source", "left out"))
-    return (*names, *inside, within)
+    return (*names, f"{whose}: {_listed(by)}", *inside, within[found["left out"]])
+
+
+def _listed(by: Mapping[str, float]) -> str:
+    return ", ".join(f"{FAMILIES.get(name, name)} {by[name]:.2g}" for name in by)
+
+
+def _groups(found: Figures) -> str:
+    """What each group of cells asks for."""
+    heads = ("factor of", "cells", "number", f"{100 * found['level']:.0f} % need", "the most")
+    rows = [
+        (FAMILIES.get(name, name), group, str(each["cells"]), f"{each['factor']:.1f}",
+         f"{each['most']:.1f}")
+        for name, groups in found["groups"].items()
+        for group, each in groups.items()
+    ]  # fmt: skip
+    return f"{table(heads, rows)}\n\nThe floor: {found['floor']:.1f}."
 
 
 def stand_in_families() -> str:

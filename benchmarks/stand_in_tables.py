@@ -19,7 +19,7 @@ import numpy as np
 from kvtune.common.files import write_json
 from kvtune.simulator.quality.tables import Tables, head_exchangeable
 from kvtune.simulator.quality.tables_file import load_tables
-from kvtune.tuner.band import band
+from kvtune.tuner.band import band, needed_factor
 from kvtune.tuner.quality import mean_over_kinds, ratio_interval
 from kvtune.tuner.solver import evicts
 from kvtune.tuner.source_models import all_tables, packaged_calibration, packaged_tables
@@ -53,6 +53,7 @@ def bands(source: Tables, other: Tables) -> list[dict[str, Any]]:
                 "source": curves.mean(*ours, some),
                 "loss": loss,
                 "inside": bool(found.low <= loss <= found.high + ROUNDING),
+                "needed factor": needed_factor(found, loss) if loss > ROUNDING else 0.0,
             }
         )
     return rows

@@ -26,6 +26,7 @@ def card_of(study: Study) -> Card:
     from kvtune.simulator.memory.at_once import prompts_at_once
     from kvtune.tuner.explore.view import View
     from kvtune.tuner.explore.what_if import Setting, figures_of
+    from kvtune.tuner.rounding import said_of_rounding
     from kvtune.tuner.verdict import verdict_of
 
     verdict, outcome, row, facts = verdict_of(study), study.outcome, study.chosen, study.facts
@@ -37,6 +38,7 @@ def card_of(study: Study) -> Card:
         )
     setting = Setting.asked(facts)
     view = View(study, figures_of(study, setting), setting)
+    ran = [outcome.plan, *outcome.baselines[1:]]
     figures = view.figures
     return Card(
         kvtune_card=2,
@@ -77,6 +79,7 @@ def card_of(study: Study) -> Card:
         tasks=tuple(_tasks(study, row)),
         layout=facts.layout,
         other_lengths=outcome.other_lengths,
+        rounding=said_of_rounding(outcome.provenance, ran) or "",
     )
 
 

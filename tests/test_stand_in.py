@@ -24,7 +24,7 @@ from kvtune.simulator.quality.tables_file import save_tables
 from kvtune.tests.made_up import llama
 from kvtune.tests.tiers import first
 from kvtune.tuner import source_models, stack_formats
-from kvtune.tuner.band import band
+from kvtune.tuner.band import FACTOR, FACTOR_BY_FAMILY, band, band_of_live, needed_factor
 from kvtune.tuner.curves import loss_at, rows_at
 from kvtune.tuner.explore.reader import StudyReader
 from kvtune.tuner.explore.what_if import Setting, figures_of
@@ -384,35 +384,95 @@ def test_the_bands_hold_what_a_model_that_was_no_source_lost_live() -> None:
             found = band(losses, kinds, curves, evicts=evicts(option))
             inside += found.low <= live <= found.high
     assert not measured
-    assert inside == 11  # H2O with half of the tokens lies above: its factors are of other texts
+    assert inside == 12
+
+
+RESULTS = Path(__file__).parents[1] / "benchmarks/results"
+FAMILIES = RESULTS / "stand-in-families-gemma-3-270m-h200.json"
 
 
 def test_bands_of_rules_that_ran_live_hold_what_the_same_rules_lost_on_that_model() -> None:
-    """Gemma-3-270M, as ``benchmarks/stand_in_families.py`` measured it: bands were set on these."""
-    file = Path(__file__).parents[1] / "benchmarks/results/stand-in-families-gemma-3-270m-h200.json"
+    """Gemma-3-270M, as ``benchmarks/stand_in_families.py`` measured it: bands were set on these.
+
+    One cell is missed: the source's KVzip has eight bits at 35 % of a long prompt's bytes. In a
+    short one its precision is four bits there, which keep all tokens and lose more.
+    """
     curves = source_models.packaged_tables()[1]["baselines"]
     cells = [
         (float(share[:-1]) / 100, family, row["loss"])
-        for share, best in json.loads(file.read_text("utf-8"))["best"].items()
+        for share, best in json.loads(FAMILIES.read_text("utf-8"))["best"].items()
         for family, row in best.items()
         if family not in ("offered", "option")
     ]
-    assert len(cells) >= 25
-    for share, family, live in cells:
-        found = loss_at(curves[family], share, family)
-        assert found.low <= live <= found.high, (family, share)
+    assert len(cells) == 48
+    outside = [
+        (share, family)
+        for share, family, live in cells
+        if needed_factor(loss_at(curves[family], share, family), live, family)
+        > FACTOR_BY_FAMILY.get(family, FACTOR)
+    ]
+    assert outside == [(0.35, "kvzip")]
+
+
+def test_a_band_reaches_as_many_times_below_its_source_as_above() -> None:
+    """Models are exchangeable: which of two is the source is nobody's choice."""
+    for family, times in (("uniform", FACTOR), ("kvzip", FACTOR_BY_FAMILY["kvzip"])):
+        found = band_of_live(0.1, (0.1, 0.1), {}, family)
+        assert found.high / 0.1 == pytest.approx(times)
+        assert 0.1 / found.low == pytest.approx(times)
+        assert needed_factor(found, 0.2, family) == pytest.approx(2)
+        assert needed_factor(found, 0.05, family) == pytest.approx(2)
+
+
+def test_factors_are_those_that_both_directions_between_two_models_ask_for() -> None:
+    """As ``benchmarks/stand_in_factors.py`` derived them, and again from the rows themselves."""
+    found = json.loads((RESULTS / "stand-in-factors.json").read_text("utf-8"))
+    live = json.loads((RESULTS / "stand-in-gemma-3-270m.json").read_text("utf-8"))
+    set_on = {"others": FACTOR, **FACTOR_BY_FAMILY}
+    assert set(found["factors"]) == set(set_on)
+    for name, asked in found["factors"].items():
+        groups = [group["factor"] for group in found["groups"][name].values()]
+        assert asked == pytest.approx(max(found["floor"], *groups))
+        assert asked <= set_on[name] <= 1.02 * asked
+    needed = [row["needed factor"] for row in live["rows"]]
+    assert found["groups"]["others"]["options live, other length"] == {
+        "cells": len(needed), "factor": max(needed), "most": max(needed)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("least", ["offered inside", "rules inside", "options inside"])
+def test_each_direction_is_held_by_factors_that_were_set_on_the_other_one(least: str) -> None:
+    """Asked were 80 % of the plans offered; the cells are judged again here, row by row."""
+    by = json.loads((RESULTS / "stand-in-factors.json").read_text("utf-8"))
+    rows = json.loads((RESULTS / "stand-in-left-out.json").read_text("utf-8"))["directions"]
+    name = least.split()[0]
+    assert len(by["by the other direction"]) == 2
+    for judged in by["by the other direction"]:
+        factors = judged["factors of the other direction"]
+        (cells,) = (each[name] for each in rows if each["left out"] == judged["left out"])
+        others = factors["others"]
+        held = [row["needed factor"] <= factors.get(row.get("family"), others) for row in cells]
+        assert judged[least] == pytest.approx(np.mean(held))
+        assert judged[least] >= 0.8
 
 
 def test_what_is_offered_without_weights_is_within_a_tenth_of_the_best_uniform_rule() -> None:
-    """On the same model: what a search chooses today, by what those policies lost there."""
-    file = Path(__file__).parents[1] / "benchmarks/results/stand-in-families-gemma-3-270m-h200.json"
-    measured = json.loads(file.read_text("utf-8"))
+    """On the same model: what a search chooses today, by what those policies lost there.
+
+    At 35 % of a short prompt's bytes what is chosen did not run: KVzip would keep all tokens.
+    """
+    measured = json.loads(FAMILIES.read_text("utf-8"))
     tables, about = source_models.packaged_tables()
     rules = [family for group in GROUPS for family in group]
+    missing = []
     for share, best in measured["best"].items():
         rows = rows_at(
             about["baselines"], float(share[:-1]) / 100, rules, 384 / tables.prompt_tokens
         )
         chosen = min(rows, key=lambda row: row.loss.value)
+        if "offered" not in best:
+            missing.append(share)
+            continue
         assert chosen.name == best["offered"]["policy"]
         assert best["offered"]["loss"] <= 1.1 * best["uniform"]["loss"], share
+    assert missing == ["35%"]

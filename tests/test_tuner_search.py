@@ -47,6 +47,7 @@ from kvtune.tuner.finished import finished
 from kvtune.tuner.options import METHODS, Menu, alike, every_method
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import SearchResult
+from kvtune.tuner.rounding import MEASURED
 from kvtune.tuner.search import run_search
 from kvtune.tuner.stored_result import read_result
 
@@ -344,6 +345,28 @@ def test_the_plan_runs_at_other_lengths_that_are_asked_for(
     assert "| loss at 40 tokens |" in as_markdown(card)
 
 
+def test_a_search_in_16_bits_says_what_rounding_makes_of_its_losses(
+    own: SearchRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured by one pass a held-out sample; in the notes, the result's file and on the card."""
+    passes = []
+
+    def found(_: Any, sample: Any, __: Any, full: Any) -> torch.Tensor:
+        passes.append(sample.split)
+        return torch.full((2, len(full)), 0.125)  # the tiny model rounds too few numbers to differ
+
+    monkeypatch.setattr(sources, "LAPTOP", Menu(METHODS, (0.25,), alike((Bf16(),))))
+    monkeypatch.setattr("kvtune.tuner.validate.kl_of_rounding", found)
+    monkeypatch.setattr("kvtune.traces.models.choose_dtype", lambda *_: ("bfloat16", "asked for"))
+    result = run_search(replace(own, run_dir=own.run_dir / "16"))
+    assert passes == ["evaluate"] * 2
+    assert read_result(own.run_dir / "16" / "result.json").provenance[MEASURED] == 0.125
+    (said,) = (note for note in result.notes if note.startswith("rounding: "))
+    assert "itself by 0.12 nats a token" in said
+    assert result.baselines[0].name in said
+    assert said in as_markdown(card_of(StudyReader(own.run_dir / "16").read())).replace("\\", "")
+
+
 def test_a_menu_that_nobody_named_is_settled_once_said_and_recorded(
     own: SearchRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -563,6 +586,8 @@ def test_a_models_own_search_runs_the_plan_and_its_baselines_live(searched: Sear
     assert [row.by_kind for row in read] == [row.by_kind for row in result.baselines]
     assert all(e.low <= e.value <= e.high for row in read for e in row.by_kind.values())
     assert (result.times, result.untimed) == (None, None)  # no GPU
+    assert MEASURED not in result.provenance  # float32
+    assert not any(note.startswith("rounding: ") for note in result.notes)
     assert result.counters["tokens_offered"] == 2 * 80 * 6
     assert 0 < result.counters["tokens_kept"] <= result.counters["tokens_offered"]
     assert result.quality.kl.value > 0 or result.counters["heads_that_evicted"] == 0
@@ -670,14 +695,17 @@ def test_kernels_are_compiled_ahead_only_for_a_plan_that_will_be_timed(
 
     monkeypatch.setattr(timing, "detect_gpu", lambda: find_gpu(here))
     loaded, compiled = types.SimpleNamespace(device=device), []
-    beside = types.SimpleNamespace(compile=lambda policies, model: compiled.append(policies))
+    beside = types.SimpleNamespace(
+        compiles_for=lambda device: device.startswith("cuda"),
+        compile=lambda policies, model, progress: compiled.append(policies),
+    )
     plan = Policy.uniform(Option(SnapKV(), Budget(share=0.25)), 2, 2)
     found: Any = types.SimpleNamespace(
         request=llama(tmp_path),
         source=types.SimpleNamespace(loaded=loaded, beside=beside, trace=object()),
         solver=types.SimpleNamespace(policy=lambda likely: plan),
     )
-    answer.begin_compiling(found, types.SimpleNamespace())  # type: ignore[arg-type]
+    answer.begin_compiling(found, types.SimpleNamespace(), Silent())  # type: ignore[arg-type]
     assert [each[0] for each in compiled] == begun * [plan]
 
 

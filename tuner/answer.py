@@ -23,6 +23,7 @@ from kvtune.tuner.live_baselines import live_baselines, live_on_stack
 from kvtune.tuner.on_stack import BytesThere
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import Baseline, FrontPoint, Quality, SearchResult
+from kvtune.tuner.rounding import MEASURED, said_of_rounding
 from kvtune.tuner.serving_room import Budgets
 from kvtune.tuner.solver import Solver
 from kvtune.tuner.sources import QualitySource
@@ -61,7 +62,7 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
     """The chosen plan checked, beside the baselines, and the front that it stands on."""
     request, source, solver = found.request, found.source, found.solver
     policy, budget = solver.policy(chosen), found.budgets[chosen.place].at(chosen.sequences)
-    begin_compiling(found, chosen)
+    begin_compiling(found, chosen, progress)
     cost = _cost(found, chosen)
     predicted = _predicted(found, chosen)
     validation: Validation | None = None
@@ -76,10 +77,14 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
     else:
         compared = stand_in_baselines(source, solver, policy, chosen, predicted.kl)
     quality = quality_of(predicted, validation)
+    if source.beside is not None:
+        source.beside.end_helpers()  # other lengths need the memory that their models take
     elsewhere = _elsewhere(found, chosen, policy, quality, progress)
     baselines = tuple(row.baseline for row in compared)
+    provenance = _provenance(found, validation)
+    rounding = said_of_rounding(provenance, [on_stack or baselines[0], *baselines[1:]])
     if source.beside is not None:
-        source.beside.finish()
+        source.beside.finish(progress)
     times, untimed = _times(found, policy, chosen, cost, progress)
     return SearchResult(
         request=request,
@@ -107,29 +112,38 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
             *_notes(found, chosen, quality),
             *(length_note(at, source.tables.prompt_tokens) for at in elsewhere),
             *_costs(found, chosen, baselines),
+            *([rounding] if rounding else []),
         ),
         other_lengths=elsewhere,
-        provenance=_provenance(found),
+        provenance=provenance,
         on_stack=on_stack,
         times=times,
         untimed=untimed,
     )
 
 
-def _provenance(found: Found) -> dict[str, Any]:
-    """Versions, seeds and hashes that the result follows from."""
-    made = {"kvtune": kvtune.__version__, "seed": found.request.seed, "study": found.study}
-    return made | dict(found.source.provenance)
+def _provenance(found: Found, validation: Validation | None) -> dict[str, Any]:
+    """Versions, seeds, hashes; of a model that ran in 16 bits, what rounding makes of losses."""
+    floor = validation.rounding if validation else None
+    return {
+        "kvtune": kvtune.__version__,
+        "seed": found.request.seed,
+        "study": found.study,
+        **found.source.provenance,
+        **({} if floor is None else {MEASURED: floor}),
+    }
 
 
-def begin_compiling(found: Found, likely: Candidate) -> None:
+def begin_compiling(found: Found, likely: Candidate, progress: Progress) -> None:
     """Let other processes compile what a plan will be timed with, while this one goes on."""
     loaded, beside = found.source.loaded, found.source.beside
-    if loaded is not None and beside is not None and _is_timed(found):
+    if loaded is None or beside is None or not beside.compiles_for(loaded.device):
+        return
+    if _is_timed(found):
         from kvtune.runtime.timing import uncompressed
 
         policy = found.solver.policy(likely)
-        beside.compile([policy, uncompressed(policy)], loaded)
+        beside.compile([policy, uncompressed(policy)], loaded, progress)
 
 
 def _is_timed(found: Found) -> bool:

@@ -17,23 +17,21 @@ from kvtune.simulator.quality.calibration import Calibration
 from kvtune.tuner.quality import mean_over_kinds
 
 SAMPLES = (10, 90)  # percentiles over a kind's samples
-LESS, MORE = 1.5, 4.3
-"""How far below and above its source another model may lie.
+FACTOR = 5.7
+"""How many times below and above its source another model may lie.
 
-Set on Gemma-3-270M, which was no source, with one of twelve options in all of its layers and
-prompts of 420 tokens: the live loss was at least 1.06 times the lower end before it is widened (all
-tokens in 4 bits), and at most 3.7 times the upper one (H2O, a quarter of the tokens). One KV head a
-layer, prompts a quarter as long as the source's and few samples make this a hard case. On other
-samples (``benchmarks/results/stand-in-gemma-3-270m.json``) 11 of the 12 lie inside; H2O with half
-of the tokens lost 1.3 times the widened end.
+Two models are exchangeable: where one may lose so many times what the other does, a third may lose
+as many times less. The factor is therefore the same both ways. It is what 90 % of the cells (a
+model, a rule or an option, a share) of SmolLM2 and Gemma-3-270M need, each the other's source, in
+the group of cells that needs most: options for all heads that ran live on prompts a quarter as long
+as the source's (``benchmarks/stand_in_factors.py``, ``benchmarks/results/stand-in-factors.json``).
 """
 
-MORE_BY_FAMILY = {"kvzip": 9.0}
-"""How far above its source a published rule may lie, where that is further.
+FACTOR_BY_FAMILY = {"kvzip": 9.0}
+"""The same of a published rule, where that is further.
 
-Seen on Gemma-3-270M at five shares of the bytes and prompts of 384 tokens
-(``benchmarks/results/stand-in-families-gemma-3-270m-h200.json``): KVzip loses up to 8.9 times its
-source's upper end, on prompts a fifth as long; all 25 cells of five families lie inside.
+From the same file: KVzip needs up to 2.6 between prompts of the same length, and up to 8.9 where
+the other model's are a fifth as long.
 """
 
 
@@ -79,8 +77,18 @@ def band_of_live(
     kl: float, interval: Sequence[float], by_kind: Mapping[str, float], family: str = "uniform"
 ) -> Estimate:
     """The band of a policy that ran live on the source: its interval and its kinds of text."""
-    return _widened(kl, (kl, *interval, *by_kind.values()), MORE_BY_FAMILY.get(family, MORE))
+    return _widened(kl, (kl, *interval, *by_kind.values()), factor(family))
 
 
-def _widened(value: float, ends: Sequence[float], more: float = MORE) -> Estimate:
-    return Estimate(value, min(ends) / LESS, max(ends) * more, "nats/token", BAND)
+def factor(family: str = "uniform") -> float:
+    """How many times below and above its source another model may lie with a family's rules."""
+    return FACTOR_BY_FAMILY.get(family, FACTOR)
+
+
+def needed_factor(found: Estimate, loss: float, family: str = "uniform") -> float:
+    """The factor that a band of a family would need to hold this loss; below 1 needs none."""
+    return float(factor(family) * max(loss / found.high, found.low / loss))
+
+
+def _widened(value: float, ends: Sequence[float], times: float = FACTOR) -> Estimate:
+    return Estimate(value, min(ends) / times, max(ends) * times, "nats/token", BAND)

@@ -37,7 +37,8 @@ COMMON = 0.1
 """Variance of the error that all kinds share, of that between texts of a kind.
 
 It makes intervals of the mean over kinds hold on runs of two texts a kind; what single kinds'
-intervals are hardly depends on it.
+intervals are hardly depends on it. It and the two weights below were set with all recorded runs in
+view; ``benchmarks/results/levels-constants.json`` has what other values would have held.
 """
 BELIEVED_BEFORE = 6.0
 """Degrees of freedom of the spread between texts that recorded runs had, beside a search's own."""
