@@ -5,12 +5,21 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import BAND, Estimate
+from kvtune.common.progress import Silent
+from kvtune.policies.method import Method
+from kvtune.policies.methods.attention_matching import AttentionMatching
+from kvtune.policies.methods.snapkv import SnapKV
+from kvtune.policies.option import Budget, Option
+from kvtune.policies.policy import Policy
 from kvtune.tests.made_up import llama
+from kvtune.tuner import answer
 from kvtune.tuner.checks import check_request
 from kvtune.tuner.lengths import (
     FITTED_ON,
@@ -131,3 +140,26 @@ def test_a_plan_runs_at_the_lengths_asked_for_and_at_its_context_on_a_gpu(tmp_pa
     assert lengths_to_run(request, "cuda", 896, 64 * 1024) == []
     asked = llama(tmp_path, lengths=(448, 896))
     assert lengths_to_run(asked, "cpu", 896, 8192) == [448]
+
+
+@pytest.mark.parametrize(
+    ("method", "floor", "context", "told"),
+    [
+        (SnapKV(), True, 448, [448]),
+        (SnapKV(), False, 448, []),
+        (AttentionMatching(), True, 448, []),  # which gets no floor
+        (AttentionMatching(), True, 1792, [1792]),
+    ],
+)
+def test_losses_at_shorter_prompts_are_told_only_of_plans_with_floors(
+    method: Method, floor: bool, context: int, told: list[int]
+) -> None:
+    option = Option(method, Budget(share=0.125))
+    policy = Policy.uniform(option.with_floor(896) if floor else option, 2, 2)
+    found: Any = SimpleNamespace(
+        source=SimpleNamespace(loaded=None, tables=SimpleNamespace(prompt_tokens=896))
+    )
+    chosen: Any = SimpleNamespace(context=context)
+    quality: Any = SimpleNamespace(kl=LIVE)
+    there = answer._elsewhere(found, chosen, policy, quality, Silent())
+    assert [each.prompt_tokens for each in there] == told
