@@ -16,6 +16,8 @@ KINDS = {
     "retrieval": "retrieval",
 }
 WITHIN = (0.8, 1.25)
+ON_SHORT = "all 98 live on short texts"
+"""How the ways of a refining run begin for which all policies ran on short texts before it."""
 FEW = {
     "predictions-2-h200": "SmolLM2, 1,792 tokens",
     "predictions-middle-smollm2-h200": "SmolLM2, 896 tokens",
@@ -217,15 +219,18 @@ def _held_by_design(runs: dict[str, Any], names: dict[str, str]) -> tuple[str, s
 
 def refined() -> str:
     """Ranks of mixed policies after a refining run, on texts that it has not seen."""
-    rows = []
-    for name, found in result("ranking-refined-h200.json")["ways"].items():
-        whole = found.get("ranks", found)
+    rows, recorded = [], result("ranking-refined-h200.json")
+    for name, found in recorded["ways"].items():
+        whole, runs, short = found.get("ranks", found), found.get("live runs", 0), 0
+        if found.get("by", "").startswith(ON_SHORT):
+            short = recorded["policies"]
+            name = f"{found['by']}, {short + runs} live runs"  # the file's name has the later ones
         kinds = [whole[kind]["value"] for kind in KINDS if kind in whole]
         unseen = found.get("ranks of policies that did not run", {}).get("all")
         rows.append((
             name, _rank(whole["all"]), f"{min(kinds):.3f} to {max(kinds):.3f}",
             _rank(whole["answers"]) if "answers" in whole else "-",
-            _rank(unseen) if unseen and found["live runs"] else "-",
+            _rank(unseen) if unseen and runs and not short else "-",
         ))  # fmt: skip
     head = (
         "Spearman with live loss", "all kinds (0.985 asked)", "single kinds (0.95)",

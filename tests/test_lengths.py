@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,14 @@ import pytest
 from kvtune.cli.command_line_of import command_of
 from kvtune.common.errors import KvtuneError
 from kvtune.common.estimate import BAND, Estimate
+from kvtune.common.progress import Silent
+from kvtune.policies.method import Method
+from kvtune.policies.methods.attention_matching import AttentionMatching
+from kvtune.policies.methods.snapkv import SnapKV
+from kvtune.policies.option import Budget, Option
+from kvtune.policies.policy import Policy
 from kvtune.tests.made_up import llama
+from kvtune.tuner import answer
 from kvtune.tuner.checks import check_request
 from kvtune.tuner.config_file import read_config
 from kvtune.tuner.lengths import (
@@ -243,3 +251,27 @@ def test_the_card_repeats_the_lengths(tmp_path: Path) -> None:
         ),
     )  # fmt: skip
     assert "--lengths 448,2048" in command_of(study)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("method", "floor", "context", "told"),
+    [
+        (SnapKV(), True, 448, [448]),
+        (SnapKV(), False, 448, []),
+        (AttentionMatching(), True, 448, []),  # which gets no floor
+        (AttentionMatching(), True, 1792, [1792]),
+    ],
+)
+def test_losses_at_shorter_prompts_are_told_only_of_plans_with_floors(
+    method: Method, floor: bool, context: int, told: list[int], tmp_path: Path
+) -> None:
+    option = Option(method, Budget(share=0.125))
+    policy = Policy.uniform(option.with_floor(896) if floor else option, 2, 2)
+    found: Any = SimpleNamespace(
+        request=llama(tmp_path),
+        source=SimpleNamespace(loaded=None, tables=SimpleNamespace(prompt_tokens=896)),
+    )
+    chosen: Any = SimpleNamespace(context=context)
+    quality: Any = SimpleNamespace(kl=LIVE)
+    there = answer._elsewhere(found, chosen, policy, quality, Silent())
+    assert [each.prompt_tokens for each in there.losses] == told

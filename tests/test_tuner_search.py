@@ -28,7 +28,9 @@ from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.head_scores import About, HeadScores, write_heads
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.quest import Quest
+from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.weighted_keys import WeightedKeys
+from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.document import read_policy
 from kvtune.profiles.gpus import find_gpu
@@ -715,6 +717,30 @@ def test_the_plan_is_timed_as_validate_would_on_the_card_it_is_for(
     printed = timing.Served(7, 4096, request.generated_tokens, 10**9, cost.memory)
     serving = {"batch": 7, "context_tokens": 4096, "largest": None, "served": printed}
     assert asked == called * [("the plan", request.shape, ("evaluate",), serving)]
+
+
+@pytest.mark.parametrize(
+    ("device", "here", "begun"), [("cpu", "4090", 0), ("cuda", "h100", 0), ("cuda", "4090", 1)]
+)
+def test_kernels_are_compiled_ahead_only_for_a_plan_that_will_be_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, here: str, begun: int
+) -> None:
+    from kvtune.tuner import answer, timing
+
+    monkeypatch.setattr(timing, "detect_gpu", lambda: find_gpu(here))
+    loaded, compiled = types.SimpleNamespace(device=device), []
+    beside = types.SimpleNamespace(
+        compiles_for=lambda device: device.startswith("cuda"),
+        compile=lambda policies, model, progress: compiled.append(policies),
+    )
+    plan = Policy.uniform(Option(SnapKV(), Budget(share=0.25)), 2, 2)
+    found: Any = types.SimpleNamespace(
+        request=llama(tmp_path),
+        source=types.SimpleNamespace(loaded=loaded, beside=beside, trace=object()),
+        solver=types.SimpleNamespace(policy=lambda likely: plan),
+    )
+    answer.begin_compiling(found, types.SimpleNamespace(), Silent())  # type: ignore[arg-type]
+    assert [each[0] for each in compiled] == begun * [plan]
 
 
 def _as_files(folder: Path) -> dict[str, bytes]:

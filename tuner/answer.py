@@ -11,6 +11,7 @@ from kvtune.common.estimate import BAND, Estimate
 from kvtune.common.progress import Progress
 from kvtune.common.units import format_bytes, format_tokens
 from kvtune.policies.host_pages import host_sequence_bytes
+from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.simulator.cost import Cost, policy_cost
 from kvtune.tuner.baselines import COSTS
@@ -29,6 +30,7 @@ from kvtune.tuner.lengths import (
     losses_at,
     nothing_ran_note,
     run_at,
+    shares_alone_note,
     without,
 )
 from kvtune.tuner.live_baselines import Compared, live_baselines, live_on_stack
@@ -155,11 +157,29 @@ def _provenance(found: Found, validation: Validation | None) -> dict[str, Any]:
 def begin_compiling(found: Found, likely: Candidate, progress: Progress) -> None:
     """Let other processes compile what a plan will be timed with, while this one goes on."""
     loaded, beside = found.source.loaded, found.source.beside
-    if loaded is not None and beside is not None and beside.compiles_for(loaded.device):
+    if loaded is None or beside is None or not beside.compiles_for(loaded.device):
+        return
+    if _is_timed(found):
         from kvtune.runtime.timing import uncompressed
 
         policy = found.solver.policy(likely)
         beside.compile([policy, uncompressed(policy)], loaded, progress)
+
+
+def _is_timed(found: Found) -> bool:
+    """Whether the plan is timed at the end: on the GPU that it is for, and with texts to read."""
+    return _has_gpu(found) and found.source.trace is not None and _is_for_this_gpu(found)
+
+
+def _has_gpu(found: Found) -> bool:
+    loaded = found.source.loaded
+    return loaded is not None and loaded.device.startswith("cuda")
+
+
+def _is_for_this_gpu(found: Found) -> bool:
+    from kvtune.tuner.timing import present_gpu
+
+    return present_gpu() == found.request.gpu
 
 
 def quality_of(predicted: Quality, validation: Validation | None) -> Quality:
@@ -197,8 +217,13 @@ def _elsewhere(
 def _at_context(
     found: Found, policy: Policy, quality: Quality, context: int
 ) -> tuple[list[LossAt], str]:
-    """What is foretold of the loss at the plan's context, and a line on it."""
+    """What is foretold of the loss at the plan's context, and a line on it.
+
+    At shorter prompts plans whose heads all have floors were fitted alone.
+    """
     shape, measured = found.request.shape, found.source.tables.prompt_tokens
+    if context < measured and not all(map(_keeps_tokens, policy.options())):
+        return [], shares_alone_note(context, measured)
     held = policy.footprint(measured, shape.head_dim) + policy.host_bytes(measured, shape.head_dim)
     kept = measured * held / shape.kv_bytes(measured)
     at = carried_to(quality.kl, measured, context, kept)
@@ -207,17 +232,22 @@ def _at_context(
     return [at], length_note(at, measured)
 
 
+def _keeps_tokens(option: Option) -> bool:
+    """Whether it keeps of shorter prompts no fewer tokens, as the plans that were fitted did."""
+    return option.budget.share is None or option.budget.floor > 0
+
+
 def _times(
     found: Found, policy: Policy, chosen: Candidate, cost: Cost, progress: Progress
 ) -> tuple[Times | None, str | None]:
     """As ``kvtune validate`` would time the plan; neither times nor a reason away from GPUs."""
     request, source = found.request, found.source
     loaded, trace = source.loaded, source.trace
-    if loaded is None or trace is None or not loaded.device.startswith("cuda"):
+    if loaded is None or trace is None or not _has_gpu(found):
         return None, None
-    from kvtune.tuner.timing import Served, present_gpu, times_or_reason
+    from kvtune.tuner.timing import Served, times_or_reason
 
-    if present_gpu() != request.gpu:
+    if not _is_for_this_gpu(found):
         return None, f"the GPU of this machine is no {request.gpu.name}, which the plan is for"
     progress.note("running the plan within its limit, and timing it beside the uncompressed cache")
     budget = found.budgets[chosen.place]

@@ -154,6 +154,15 @@ def nothing_ran_note(tokens: int, measured: int) -> str:
     )
 
 
+def shares_alone_note(tokens: int, measured: int) -> str:
+    """One line on a plan some of whose heads keep only a share of shorter prompts."""
+    return (
+        f"context: quality was measured on prompts of {format_tokens(measured)}. Some heads of the "
+        f"plan keep a share of shorter prompts without a floor in tokens, and no such plan was "
+        f"fitted: what it loses at {format_tokens(tokens)} is not known."
+    )
+
+
 RUNS_THERE = "--lengths runs the plan there, where weights are at hand."
 
 

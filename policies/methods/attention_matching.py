@@ -52,6 +52,7 @@ class AttentionMatching(Method):
 
     name = "attention_matching"
     source = "Zweiger et al., arXiv 2602.16284"
+    stores_whole_prompts_alike = False  # part of one has log-weights beside it
 
     select: Literal["pursuit", "expected_attention", "h2o", "kvzip", "snapkv"] = parameter(
         "pursuit", "what chooses tokens: matching pursuit, or a method that scores them"
