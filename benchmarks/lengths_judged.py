@@ -31,8 +31,8 @@ from kvtune.tuner.quality import estimate
 
 RESULTS = Path(__file__).parent / "results"
 RECORDED = (
-    "lengths-before-h200.json", "lengths-h200.json", "lengths-floors-cpu.json",
-    "lengths-floors-h200.json", "lengths-floors-2-h200.json",
+    "lengths-before-h200.json", "lengths-floors-cpu.json", "lengths-floors-h200.json",
+    "lengths-floors-2-h200.json",
 )  # fmt: skip
 OBSERVED = 128
 """Tokens of a sample behind its prompt, where a run does not say how many."""
@@ -47,7 +47,8 @@ class Ratio:
     """A plan's live loss at another length over that where it was found.
 
     Args:
-        run: file that recorded it.
+        run: device and seed: runs of one seed on one device read the same texts, and are left out
+            together.
         home: prompt tokens where the plan was found.
         at: prompt tokens where it ran.
         share: of the bf16 bytes.
@@ -83,15 +84,15 @@ def ratios(path: Path, *, longer: bool, floors: bool) -> list[Ratio]:
     recorded = json.loads(path.read_text(encoding="utf-8"))
     said = re.findall(r"C=(\d+)", recorded.get("workload", ""))
     observed = int(said[0]) if said else OBSERVED
+    seed = re.findall(r"seed (\d+)", recorded.get("workload", "")) or ["0"]
+    run = f"{recorded.get('device', 'cpu')}, seed {seed[0]}"
     live = {
         (row["found at"], int(at), row["share"], row.get("floors", False)): tuple(row["live"])
         for at, rows in recorded["losses at"].items()
         for row in rows
     }
     return [
-        Ratio(
-            path.name, home - observed, at - observed, share, losses, live[home, home, share, False]
-        )
+        Ratio(run, home - observed, at - observed, share, losses, live[home, home, share, False])
         for (home, at, share, floored), losses in live.items()
         if at != home and (at > home) == longer and floored == floors
     ]
@@ -244,7 +245,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     files = arguments.recorded or [RESULTS / name for name in RECORDED]
-    files = [path for path in files if path.is_file()]
     directions = {
         "longer": (True, False, ALONE),
         "shorter, with floors": (False, True, BY_KEPT),
