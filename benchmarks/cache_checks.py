@@ -36,7 +36,7 @@ from kvtune.policies.policy import Policy
 from kvtune.policies.testing.decode import decode_methods
 from kvtune.runtime import load_cache
 from kvtune.runtime.cache import policy_cache as caches
-from kvtune.runtime.cache.backend import Seen
+from kvtune.runtime.cache.backend import AttentionSeen
 from kvtune.runtime.cache.plain_backend import PlainBackend
 from kvtune.runtime.cache.triton_backend import TritonBackend
 from kvtune.runtime.graph import generate
@@ -123,13 +123,18 @@ class Beside(TritonBackend):
         self.apart = {"output": 0.0, "logits": 0.0, "lse": 0.0}
 
     def attend(
-        self, q: Tensor, layer: Paged, scratch: Scratch, scale: float, seen: Seen | None = None
+        self,
+        q: Tensor,
+        layer: Paged,
+        scratch: Scratch,
+        scale: float,
+        seen: AttentionSeen | None = None,
     ) -> Tensor:
         """The kernels' answer."""
         ours, theirs = super().attend(q, layer, scratch, scale, seen), None
         if seen is not None:
             logits = None if seen.logits is None else torch.full_like(seen.logits, torch.nan)
-            theirs = Seen(torch.empty_like(seen.lse), logits)
+            theirs = AttentionSeen(torch.empty_like(seen.lse), logits)
         plain = PlainBackend().attend(q, layer, scratch, scale, theirs).float()
         self._note("output", (ours.float() - plain).norm() / plain.norm())
         if seen is not None and theirs is not None:
@@ -147,7 +152,12 @@ class RoundedOtherwise(PlainBackend):
     """Plain torch, each output moved by up to half a unit of its last place before it is cast."""
 
     def attend(
-        self, q: Tensor, layer: Paged, scratch: Scratch, scale: float, seen: Seen | None = None
+        self,
+        q: Tensor,
+        layer: Paged,
+        scratch: Scratch,
+        scale: float,
+        seen: AttentionSeen | None = None,
     ) -> Tensor:
         """Attention by plain torch, with an error of the size that half precision has."""
         exact = super().attend(q.float(), layer, scratch, scale, seen)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from page_tables import Figures, result, table
 
-OPEN_S, STEP_S, MISTAKE_S = 0.5, 0.03, 0.5  # goals
+OPEN_S, STEP_S, MISTAKE_S, SEARCH_S = 0.5, 0.03, 0.5, 90.0  # goals
+SEARCHES = {
+    "`--menu few`, the default there": "search-stages-merged-few-cpu.json",
+    "`--menu three`": "search-stages-merged-three-cpu.json",
+}
+_STAGES = ("capturing attention", "replaying options", "replaying policies", "running live")
 
 
 def _goal(seconds: float, most: float) -> str:
@@ -44,6 +49,40 @@ def first_answer() -> str:
 
 def _within(seconds: float, most: float) -> str:
     return f"**{seconds:.0f} s**" if seconds <= most else f"{seconds:.0f} s: missed"
+
+
+def searches_on_cpu() -> str:
+    """A search of SmolLM2's weights on two cores, by menu, from the files of the latest runs."""
+
+    def row(name: str, file: str) -> tuple[str, ...]:
+        (found,) = result(file)["searches"]
+        each = [found["stages"].get(stage, {}).get("seconds", 0.0) for stage in _STAGES]
+        rest = found["seconds"] - sum(each)
+        stages = [f"{seconds:.0f} s" for seconds in (*each, rest)]
+        return (
+            name, f"`{file}`", _within(found["seconds"], SEARCH_S), f"{found['processor']:.0f} s",
+            *stages, f"{found['loss']:.4f} in {100 * found['share']:.1f} %",
+        )  # fmt: skip
+
+    head = (
+        "methods", "file", "by the clock, 90 s asked", "processor", *_STAGES, "all else",
+        "nats/token in bytes",
+    )  # fmt: skip
+    return table(head, (row(*each) for each in SEARCHES.items()))
+
+
+def search_on_cpu_said() -> str:
+    """The same in a sentence, beside what it took an older processor."""
+    few, three = (result(file)["searches"][0]["seconds"] for file in SEARCHES.values())
+    (older,) = result("search-stages-cpu.json")["searches"]
+    verdict = "reached" if few <= SEARCH_S else "missed"
+    return (
+        "**The first command takes minutes on a CPU**: without `--context 2k` it took two cores of "
+        f"a newer processor,\nbeside light other work, {few:.0f} s with the methods that a CPU "
+        f"tries by itself ({SEARCH_S:.0f} s asked: {verdict}) and {three:.0f} s with\n"
+        f"`--menu three`, which took an older one {older['seconds']:.0f} s "
+        "([benchmarks](benchmarks.md#where-a-search-spends-its-time-on-an-h200))."
+    )
 
 
 def mistakes() -> str:

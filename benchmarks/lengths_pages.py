@@ -47,16 +47,28 @@ def fitted() -> str:
             name,
             str(found["plans"]),
             f"{seen['least']:.2g} to {seen['most']:.2g}, median {seen['median']:.2g}",
-            f"{found['power']:.2g}",
+            _power(found),
             *(_percent(held[group]) for group in held),
             _percent(found["held with one text a kind where found"]),
+            _percent(found["held so, and as wide as its interval"]),
         )
 
     directions = [name for name in _DIRECTIONS if name in result(JUDGED)]
     groups = list(result(JUDGED)[directions[0]]["held with one left out"])
     head = "prompts", "plans", "live over live where found", "power of the length"
-    columns = *head, *(f"held, {group} left out" for group in groups), "held, one text a kind"
+    columns = (
+        *head,
+        *(f"held, {group} left out" for group in groups),
+        "held, one text a kind",
+        "the same, widened",
+    )
     return table(columns, map(row, directions))
+
+
+def _power(found: Figures) -> str:
+    """Of the ratio of lengths; where it depends on the tokens kept, k."""
+    first, *slope = found["weights"]
+    return f"{first:.2g}" + "".join(f" {each:+.2g} ln k" for each in slope)
 
 
 def functions() -> str:

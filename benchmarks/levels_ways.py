@@ -1,11 +1,16 @@
 """Ways to learn levels of predicted losses from live rounds, compared on recorded runs.
 
-    python benchmarks/levels_ways.py --out benchmarks/results/levels-ways.json
+    python benchmarks/levels_ways.py --out benchmarks/results/levels-ways.json \
+        --constants benchmarks/results/levels-constants.json
 
 A search runs a few plans on selection samples and moves what it prints by what they lost there.
 Each way is judged on evaluation samples of runs of ``predictions.py``, each run by curves of the
 others: in how many cells (a kind of text at 3, 6, 12 or 25 %) the median of live over printed lies
 within 0.8 to 1.25, and the root mean square of its logarithm, of single kinds and of their mean.
+
+``--constants`` shows what those of ``simulator/quality/levels.py`` matter, which were chosen with
+these runs in view: one at a time has other values, widths are fitted anew, and each run's share of
+plans within 80 % intervals is written.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,12 +31,15 @@ from predictions_judged import (
     Recorded,
     believed_curves,
     by_chance,
+    fitted,
     left_when_judging,
     plans_by_share,
+    printed,
     read,
 )
 
 from kvtune.common.files import write_json
+from kvtune.simulator.quality import levels as constants
 from kvtune.simulator.quality.calibration import Calibration
 from kvtune.simulator.quality.levels import KIND_TEXTS, TRUST
 
@@ -76,6 +85,15 @@ WAYS = {
     "and 0.5 of what kinds that ask have in common": Way(0.7, sort=0.5),
     "0.85, 0.3 and 0.3": Way(0.85, sort=0.3, kind=0.3),
 }
+
+OTHERS = {
+    "COMMON": (0.0, 0.05, 0.2, 0.4),
+    "BELIEVED_BEFORE": (0.0, 3.0, 12.0, 24.0),
+    "BELIEVED_OF_ALL": (1.0, 2.0, 8.0, 16.0),
+    "KIND_TEXTS": (2.5, 10.0),
+}
+"""Values that constants of ``simulator/quality/levels.py`` might have had: from a quarter of what
+they have to four times as much, or none."""
 
 
 @dataclass(frozen=True)
@@ -148,16 +166,41 @@ def judged(run: Recorded, others: Sequence[Recorded]) -> dict[str, Any]:
     return {"cells": int(cells), "by chance": round(by_chance(run), 1), "ways": found}
 
 
+def with_others(runs: dict[str, Recorded]) -> list[dict[str, Any]]:
+    """How many plans of each run 80 % intervals hold, as shipped and with one constant changed."""
+    shipped = {name: getattr(constants, name) for name in OTHERS}
+    found = [{"constants": shipped, "runs": held(runs)}]
+    for name, values in OTHERS.items():
+        for value in values:
+            with patch.object(constants, name, value):
+                changed = {"changed": name, "to": value, "runs": held(runs)}
+            found.append(changed)
+    return found
+
+
+def held(runs: dict[str, Recorded]) -> dict[str, Any]:
+    """Plans within 80 % intervals after rounds and how far these reach, each run by the others."""
+    each = list(runs.values())
+    what = "within 80 % interval", "80 % interval reaches, times"
+    judged = {
+        name: printed(run, fitted(left_when_judging(run, each))) for name, run in runs.items()
+    }
+    return {name: {key: found[key] for key in what} for name, found in judged.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--constants", type=Path, help="write what other constants hold here")
     arguments = parser.parse_args()
-    files = [RESULTS / name for name in RUNS if (RESULTS / name).is_file()]
+    files = [RESULTS / name for name in RUNS]
     runs = {file.name: read(file, PROBES) for file in files}
     each = list(runs.values())
     found = {name: judged(run, left_when_judging(run, each)) for name, run in runs.items()}
     write_json(arguments.out, found)
     print(json.dumps(found, indent=1))
+    if arguments.constants:
+        write_json(arguments.constants, with_others(runs))
 
 
 if __name__ == "__main__":

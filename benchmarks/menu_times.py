@@ -7,7 +7,7 @@ that a menu's methods read, ``layer`` every option of the menu on a layer, mean 
 the least of ``--times`` runs counts, and the menus take turns. ``methods`` are the layers' seconds
 of each method's own options, at the laptop's shares in one precision and in all of its precisions.
 ``search`` is what nine samples and 30 layers make of them. Processor time and not the clock's,
-because other work may run beside it.
+because other work may run beside it. ``--menu`` names some of the menus.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from kvtune.tuner.screening import MOST
 from kvtune.tuner.sources import menu_of, queries_of, signals_of
 
 MODEL, SAMPLES, LAYERS = "smollm2-135m", 9, 30
+NAMES = "three", "few", "all"
 RESULTS = Path(__file__).parent / "results"
 _ONE_PRECISION = alike((Int4(exact_first=4),))
 
@@ -100,8 +101,8 @@ def by_method(trace: Trace, layers: Sequence[int]) -> dict[str, dict[str, float]
     }
 
 
-def measured(times: int, layers: list[int]) -> dict[str, Any]:
-    loaded, wanted = load_model(MODEL), menus()
+def measured(times: int, layers: list[int], named: Sequence[str]) -> dict[str, Any]:
+    loaded, wanted = load_model(MODEL), {name: menus()[name] for name in named}
     sample = build(small(), loaded.tokenizer)[0]
     every = Menu(every_method(calibrated=False), LAPTOP.shares, LAPTOP.formats)
     needs = {name: every.needs if name == "all" else menu.needs for name, menu in wanted.items()}
@@ -131,10 +132,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, default=2)
     parser.add_argument("--layers", type=int, nargs="+", default=[3, 11, 20, 27])
+    parser.add_argument("--menu", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found = measured(arguments.times, arguments.layers)
+    found = measured(arguments.times, arguments.layers, arguments.menu)
     write_json(arguments.out, {"machine": f"{platform.machine()}, one thread", **found})
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvtune.policies.pages import PageLayout
-from kvtune.runtime.cache.backend import Fitted, Writing
+from kvtune.runtime.cache.backend import FittedTables, Writing
 from kvtune.runtime.cache.triton_backend import TritonBackend
 from kvtune.runtime.kernels.launch import Paged, Scratch, Shape, decode
 from kvtune.runtime.kernels.reference import read_page
@@ -173,7 +173,7 @@ def _write(
         mine = [(runs[s].keys, runs[s].values) == pair and s in written for s in segment]
         some = torch.tensor(records[mine].astype(np.int32), device=DEVICE)
         layout = PageLayout(keys.shape[2], *pair)
-        fitted = Fitted(tables) if layout.has_tables else None
+        fitted = FittedTables(tables) if layout.has_tables else None
         writing = Writing(layout, keys, values, chosen, some, paged.fp8_scales, fitted)
         TritonBackend().write(paged.pool, writing)
 

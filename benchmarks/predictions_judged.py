@@ -6,7 +6,8 @@
 
 Every figure about a kind of text is of a calibration that was fitted on the other kinds alone, or,
 with ``--fitted-on RECORDED...``, on runs of other models or other lengths: runs of one model at one
-length share texts, and none is judged by another. ``after rounds`` is what a search prints where
+length share all texts, and none is judged by another; those of other lengths and models share some,
+since all are of one seed. ``after rounds`` is what a search prints where
 the weights are at hand: the four plans of a share run on the selection samples, their level moves
 the calibration, and the plan that loses least there is printed; it is judged on the evaluation
 samples, on each kind of text and over all of them.

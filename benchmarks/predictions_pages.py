@@ -16,6 +16,8 @@ KINDS = {
     "retrieval": "retrieval",
 }
 WITHIN = (0.8, 1.25)
+ON_SHORT = "all 98 live on short texts"
+"""How the ways of a refining run begin for which all policies ran on short texts before it."""
 FEW = {
     "predictions-2-h200": "SmolLM2, 1,792 tokens",
     "predictions-middle-smollm2-h200": "SmolLM2, 896 tokens",
@@ -32,6 +34,7 @@ MORE = {
 """Runs with four selection and six evaluation texts a kind."""
 RUNS = {**FEW, **MORE}
 JUDGED = "predictions-judged.json"
+_TEXTS = ("4 and 6 texts", "2 and 2 or 3")
 LONG, GEMMA, SMALL = (
     "predictions-2-h200", "predictions-short-gemma-3-270m-h200", "predictions-short-smollm2-h200",
 )  # fmt: skip
@@ -183,17 +186,51 @@ def ways_to_level() -> str:
     return table(head, map(row, next(iter(runs.values()))["ways"]))
 
 
+def other_constants() -> str:
+    """Plans within 80 % intervals where one constant of the law is another."""
+    rows = []
+    for each in result("levels-constants.json"):
+        cells = [_held_by_design(each["runs"], names) for names in (MORE, FEW)]
+        name = f"`{each['changed']}` {each['to']:g}" if "changed" in each else "as shipped"
+        rows.append((name, *(cell for pair in zip(*cells, strict=True) for cell in pair)))
+    over, single = "over all kinds", "single kinds (how many kinds have 75 to 90 %)"
+    head = [
+        f"{what}, {texts}"
+        for what in (over, single, "over all kinds a factor of")
+        for texts in _TEXTS
+    ]
+    return table(("constants", *head), rows)
+
+
+def _held_by_design(runs: dict[str, Any], names: dict[str, str]) -> tuple[str, str, str]:
+    """Shares of plans held over all kinds and on single ones, and how wide intervals are."""
+    mine = [runs[f"{name}.json"] for name in names]
+    held = [run["within 80 % interval"] for run in mine]
+    over = [run["over kinds"] for run in held]
+    kinds = [sum(run[kind] for run in held) / len(held) for kind in KINDS]
+    right = sum(0.75 <= share <= 0.9 for share in kinds)
+    reach = [run["80 % interval reaches, times"]["over kinds"] for run in mine]
+    return (
+        f"{100 * sum(over) / len(over):.0f} % ({100 * min(over):.0f} to {100 * max(over):.0f})",
+        f"{100 * sum(kinds) / len(kinds):.0f} % ({right} of 6)",
+        f"{min(reach):.2f} to {max(reach):.2f}",
+    )
+
+
 def refined() -> str:
     """Ranks of mixed policies after a refining run, on texts that it has not seen."""
-    rows = []
-    for name, found in result("ranking-refined-h200.json")["ways"].items():
-        whole = found.get("ranks", found)
+    rows, recorded = [], result("ranking-refined-h200.json")
+    for name, found in recorded["ways"].items():
+        whole, runs, short = found.get("ranks", found), found.get("live runs", 0), 0
+        if found.get("by", "").startswith(ON_SHORT):
+            short = recorded["policies"]
+            name = f"{found['by']}, {short + runs} live runs"  # the file's name has the later ones
         kinds = [whole[kind]["value"] for kind in KINDS if kind in whole]
         unseen = found.get("ranks of policies that did not run", {}).get("all")
         rows.append((
             name, _rank(whole["all"]), f"{min(kinds):.3f} to {max(kinds):.3f}",
             _rank(whole["answers"]) if "answers" in whole else "-",
-            _rank(unseen) if unseen and found["live runs"] else "-",
+            _rank(unseen) if unseen and runs and not short else "-",
         ))  # fmt: skip
     head = (
         "Spearman with live loss", "all kinds (0.985 asked)", "single kinds (0.95)",

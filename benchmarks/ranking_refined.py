@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from policies_mixed import mixed_policies
 from predictions import KINDS
+from predictions_pages import ON_SHORT
 from ranking_alike import apart, cosines, moved, moves
 from ranking_rows import Record, groups_of, record
 from ranking_shapes import FREE, Shape, Texts, predictions, refined
@@ -150,15 +151,16 @@ def compared(texts: dict[str, Texts], say: Any) -> Iterator[tuple[str, dict[str,
         name: str, losses: dict[str, Tensor], rows: Tensor, shape: Shape | None = None
     ) -> tuple[str, dict[str, Any]]:
         unseen = Judged(test, np.setdiff1d(every, rows.numpy()))
-        found: dict[str, Any] = {"by": name, "live runs": len(rows)}
+        short = len(every) if name.startswith(ON_SHORT) else 0
+        found: dict[str, Any] = {"by": name, "live runs": len(rows), "on short texts": short}
         if shape:
             found["shape"] = {k: np.round(v.tolist(), 3).tolist() for k, v in vars(shape).items()}
         found["ranks"] = whole.of(losses)
-        if len(unseen.rows):
+        if len(unseen.rows) and not short:
             found["ranks of policies that did not run"] = unseen.of(losses)
         found["live over predicted, median"] = _levels(test, losses)
         say(f"{name}, {len(rows)}: {found['ranks']['all']}")
-        return f"{name}, {len(rows)} live runs", found
+        return f"{name}, {short + len(rows)} live runs", found
 
     none, all_ = torch.arange(0), torch.arange(len(every))
     start, known = Shape.start(), Shape.known()
@@ -174,10 +176,10 @@ def compared(texts: dict[str, Texts], say: Any) -> Iterator[tuple[str, dict[str,
         short = texts[SHORT]
         first = moves(short, predictions(short, start), all_, cosines(short))
         before, after = moved(before, first), moved(after, first)
-        yield told("all 98 live on short texts, alike", after, none)
+        yield told(f"{ON_SHORT}, alike", after, none)
         for rows in chosen:
             by = moves(seen, before, rows, alike)
-            yield told("all 98 live on short texts, and alike", moved(after, by), rows)
+            yield told(f"{ON_SHORT}, and alike", moved(after, by), rows)
     for name, free in FREE.items():
         for rows in chosen:
             shape = refined(seen, rows, free)

@@ -11,7 +11,7 @@ spent most of its Python time in, which makes it slower. ``--large`` adds a sear
 workload on a model of 7.4 billion random weights: Llama-3.1-8B's shape with SmolLM2's vocabulary,
 saved first, so that loading it counts. What is done is written after every stage; no stage is begun
 after ``--seconds``. ``--menu`` names the methods, ``three`` unless it is given, so that runs can be
-held against each other.
+held against each other; it is written to the file, with what each search says of itself.
 """
 
 from __future__ import annotations
@@ -173,6 +173,7 @@ def search(
             "device": found.provenance.get("device"),
             "loss": found.quality.kl.value,
             "share": found.share,
+            "notes": list(found.notes),  # which menu was taken, and why
         }
     except TimeUp:
         case["ended"] = False
@@ -231,6 +232,7 @@ def main() -> None:
 
     def run(model: str | Path, mem: str, workload: str) -> None:
         case: dict[str, Any] = {"model": Path(model).name, "workload": workload}
+        case["menu"] = arguments.menu
         found["searches"].append(case)
         stages = Stages(lambda: write_json(arguments.out, found), deadline)
         with tempfile.TemporaryDirectory() as folder:

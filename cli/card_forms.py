@@ -110,6 +110,7 @@ def _origin(card: Card) -> list[str]:
         f"Losses were measured on prompts of {format_tokens(card.measured_tokens)}; "
         f"{known}kvtune {card.kvtune}.",
         *([counted] if card.layout else []),
+        *([card.rounding] if card.rounding else []),
         "Intervals: 95 % over samples for losses and needles, 10-90 % for memory and time.",
     ]
 

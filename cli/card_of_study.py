@@ -13,6 +13,7 @@ from kvtune.tuner.explore.study import Study
 
 if TYPE_CHECKING:
     from kvtune.tuner.explore.view import View
+    from kvtune.tuner.stored_result import StoredResult
 
 _ROWS = 8  # budgets on one page
 
@@ -28,6 +29,7 @@ def card_of(study: Study) -> Card:
     from kvtune.tuner.explore.view import View
     from kvtune.tuner.explore.what_if import Setting, figures_of
     from kvtune.tuner.result import PLAN_FILE
+    from kvtune.tuner.rounding import said_of_rounding
     from kvtune.tuner.verdict import verdict_of
 
     verdict, outcome, row, facts = verdict_of(study), study.outcome, study.chosen, study.facts
@@ -46,6 +48,7 @@ def card_of(study: Study) -> Card:
         )
     setting = Setting.asked(facts)
     view = View(study, figures_of(study, setting), setting)
+    ran = [outcome.plan, *outcome.baselines[1:]]
     figures = view.figures
     return Card(
         kvtune_card=2,
@@ -78,15 +81,19 @@ def card_of(study: Study) -> Card:
         time_per_token=figures.estimate("step_s", row),
         tokens_per_second=figures.estimate("tokens_per_s", row),
         budgets=tuple(_budgets(view)),
-        policies=tuple(
-            Other(b.name, b.prompt_bytes, b.predicted, b.live, b.retrieval_accuracy)
-            for b in outcome.baselines
-        ),
+        policies=tuple(_others(outcome)),
         command=command_of(study),
         tasks=tuple(_tasks(study, row)),
         layout=facts.layout,
         other_lengths=outcome.other_lengths,
+        rounding=said_of_rounding(outcome.provenance, ran) or "",
     )
+
+
+def _others(outcome: StoredResult) -> Iterator[Other]:
+    """The plan and its baselines, with what each loses."""
+    for row in outcome.baselines:
+        yield Other(row.name, row.prompt_bytes, row.predicted, row.live, row.retrieval_accuracy)
 
 
 _ABOUT = {

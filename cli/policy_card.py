@@ -107,6 +107,7 @@ class Card:
         tasks: the policy's loss by kind of held-out text.
         other_lengths: the policy's loss on prompts of other lengths, shortest first.
         layout: how budgets are counted, where that is not in kvtune's own pages; or "".
+        rounding: which live losses are partly rounding, where the model ran in 16 bits; or "".
     """
 
     kvtune_card: Literal[2]
@@ -141,6 +142,7 @@ class Card:
     tasks: tuple[Task, ...] = ()
     layout: str = ""
     other_lengths: tuple[LossAt, ...] = ()
+    rounding: str = ""
 
     @property
     def quality(self) -> str:

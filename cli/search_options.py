@@ -34,7 +34,7 @@ Lengths = Annotated[
     typer.Option(
         "--lengths",
         metavar="TOKENS",
-        help="Also run the chosen plan on prompts of these lengths: 2k,8k; left out: of --context "
+        help="Also run the chosen plan on prompts of these lengths: 2k,4k; left out: of --context "
         "on a GPU, of none on a CPU.",
     ),
 ]

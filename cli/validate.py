@@ -66,6 +66,7 @@ def command(
     from kvtune.cli.inputs import read_policy_input, read_policy_path
     from kvtune.cli.planned import notes_on_model
     from kvtune.common.units import parse_bytes
+    from kvtune.tuner.rounding import rounding_words
     from kvtune.tuner.target import read_texts
 
     path, texts = read_policy_path(policy), read_texts(text or ())
@@ -90,7 +91,8 @@ def command(
         planned = bound.footprint(samples[0].prompt, loaded.geometry.head_dim)
         output.show(report(known, bound, found, planned, stack))
         told = other_texts(path.parent / "result.json", found)
-        output.show(*(f"note: {note}" for note in (*told_of_model, told) if note))
+        rounding = rounding_words(found.rounding, loaded.dtype, {bound.name: found.live.value})
+        output.show(*(f"note: {each}" for each in (*told_of_model, told, rounding) if each))
         times, untimed = _times(document, bound, loaded, shape, samples, largest=gpu, limit=limit)
         output.show("", times_table(times) if times else f"times: {untimed}")
         plain = answer(document, known, found, planned, stack) | {"device": loaded.device}
@@ -210,4 +212,6 @@ def _run(
 ) -> Validation:
     from kvtune.tuner.validate import validate_policy
 
-    return validate_policy(policy, loaded, samples, stored_alike=bool(stack), progress=progress)
+    return validate_policy(
+        policy, loaded, samples, stored_alike=bool(stack), rounding=True, progress=progress
+    )

@@ -151,4 +151,5 @@ def answer(
         "prompt_bytes": planned,
         "counted_bytes": found.prompt_bytes,
         "counters": found.counters,
+        "rounding_kl_nats_per_token": found.rounding,
     }

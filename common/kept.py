@@ -90,7 +90,10 @@ class Kept:
 
 
 def said(parts: Iterable[object]) -> str:
-    """A hash of what parts of a key say of themselves: a short part for keys that share them."""
+    """A hash, 32 hexadecimal digits, of the ``repr`` of all parts of a key.
+
+    It names files, and stands for long parts within other keys.
+    """
     text = json.dumps([repr(part) for part in parts])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

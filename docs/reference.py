@@ -110,7 +110,7 @@ policy: lean
 layers: {0: wide, 5: wide}
 """
 KEYS = {
-    "kvtune_policy": "version of the format: 1; needed",
+    "kvtune_policy": "version of the format: 1, or 2 where a budget has a floor; needed",
     "name": "for tables and plots",
     "options": "what may be done to a head, by names of your own",
     "policy": "one option for every head, written out or by name; or",

@@ -99,12 +99,12 @@ def fitted_values(
         own: values of the kept tokens, ``[H, n, D]``.
         ridge: how firmly they are held to these, of the mean square of the shares.
     """
-    shares = columns * weights[:, None]
-    shares = shares / shares.sum(-1, keepdim=True).clamp_min(1e-300)
-    gram = shares.transpose(1, 2) @ shares
-    gram = gram + torch.diag_embed(_ridge(gram, ridge))
-    missing = outputs.double() - shares @ own.double()
-    return own.double() + _solved(gram, shares.transpose(1, 2) @ missing)
+    mass = (columns @ weights[..., None]).clamp_min(1e-300)
+    shares = columns / mass  # without the weights, which scale rows and columns of what is small
+    alike = (shares.mT @ shares) * weights[:, None] * weights[..., None]
+    wanted = (shares.mT @ outputs.double()) * weights[..., None]
+    gram = alike + torch.diag_embed(_ridge(alike, ridge))
+    return own.double() + _solved(gram, wanted - alike @ own.double())
 
 
 def fitted_together(columns: Tensor, outputs: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,12 +37,15 @@ class Method(ABC):
     ``heads_are_alike`` says that a head's choice does not depend on its number: permuting the
     heads permutes the choice. ``looks_ahead`` marks references that see the observed tokens.
     ``shape`` is what an exporter may rely on; a method of ``sinks+window`` has a field ``sinks``.
+    ``stores_whole_prompts_alike`` says that a prompt that stays whole takes no more pages than as
+    many tokens of a longer one: where it may, budgets get no floor (``Option.with_floor``).
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
     heads_are_alike: ClassVar[bool] = True
     shape: ClassVar[Shape] = "scored"
+    stores_whole_prompts_alike: ClassVar[bool] = True
 
     @property
     def label(self) -> str:

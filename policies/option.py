@@ -42,11 +42,11 @@ class Budget:
     def with_floor(self, prompt_tokens: int) -> Budget:
         """A share that keeps of shorter prompts as many tokens as of one of ``prompt_tokens``.
 
-        Budgets in tokens, and all of a prompt, need no floor and stay as they are.
+        A higher floor that is there stays. Budgets in tokens, and all of a prompt, need none.
         """
         if self.share is None:
             return self
-        return replace(self, floor=Budget(share=self.share).resolve(prompt_tokens))
+        return replace(self, floor=max(self.floor, Budget(share=self.share).resolve(prompt_tokens)))
 
     def __str__(self) -> str:
         """``256``, ``12.5%`` or ``all``; a floor, which long prompts do not meet, is left out."""
@@ -103,6 +103,16 @@ class Option:
     def __getstate__(self) -> dict[str, Any]:
         """Without the hash, which is another one in another process."""
         return {name: value for name, value in vars(self).items() if name != "_hash"}
+
+    def with_floor(self, prompt_tokens: int) -> Option:
+        """Its budget with a floor (``Budget.with_floor``), unless short prompts took more bytes so.
+
+        Of a prompt no longer than its floor a head keeps all. Methods that store that otherwise
+        than a part of a prompt could need more pages for it than for a longer prompt.
+        """
+        if not self.method.stores_whole_prompts_alike:
+            return self
+        return replace(self, budget=self.budget.with_floor(prompt_tokens))
 
     @property
     def on_host(self) -> bool:

@@ -123,13 +123,18 @@ def _factors(tensor: Tensor, parts: Sequence[HeadPart], role: Role) -> Tensor | 
 
     Keys are balanced channel by channel, and what layers share is stored as directions.
     """
-    plain = all(part.balance is None and part.shared_by == 1 for part in parts)
-    if plain:
+    if role == "keys" and any(part.balance is not None for part in parts):
+        one = tensor.new_ones(tensor.shape[-1])
+        balances = [one if part.balance is None else part.balance.to(one.dtype) for part in parts]
+        factors = torch.stack(balances)[:, None]
+    elif all(part.shared_by == 1 for part in parts):
         return None
-    factors = torch.ones_like(tensor)
+    else:
+        factors = tensor.new_ones(len(parts), 1, 1)
+    if all(part.shared_by == 1 for part in parts):
+        return factors
+    factors = factors.expand_as(tensor).clone()
     for row, part in enumerate(parts):
-        if part.balance is not None and role == "keys":
-            factors[row] *= part.balance
         if part.shared_by > 1:
             length = tensor[row].norm(dim=-1, keepdim=True)
             factors[row] /= length.clamp_min(torch.finfo(tensor.dtype).tiny)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -226,8 +228,11 @@ def detected_name(index: int = 0) -> str | None:
         pynvml.nvmlShutdown()
 
 
-def smallest_card_bytes() -> int | None:
-    """Memory of this machine's smallest GPU, None where NVML knows of none; without torch."""
+def smallest_free_bytes() -> int | None:
+    """Free memory of the GPU that has least of it, of those that this process may use.
+
+    None where NVML knows of none; without torch.
+    """
     try:
         import pynvml
 
@@ -235,13 +240,33 @@ def smallest_card_bytes() -> int | None:
     except Exception:  # as in ``detected_name``
         return None
     try:
-        cards = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
-        sizes = [int(pynvml.nvmlDeviceGetMemoryInfo(card).total) for card in cards]
-        return min(sizes, default=None)
+        free = [int(pynvml.nvmlDeviceGetMemoryInfo(card).free) for card in _visible(pynvml)]
+        return min(free, default=None)
     except pynvml.NVMLError:
         return None
     finally:
         pynvml.nvmlShutdown()
+
+
+def _visible(nvml: Any) -> list[Any]:
+    """NVML's handles of the GPUs that CUDA shows this process.
+
+    ``CUDA_VISIBLE_DEVICES`` names them by number or by UUID; none counts behind one that there is
+    not (CUDA C++ Programming Guide, environment variables).
+    """
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return [nvml.nvmlDeviceGetHandleByIndex(n) for n in range(nvml.nvmlDeviceGetCount())]
+    found: list[Any] = []
+    with suppress(nvml.NVMLError):
+        for name in map(str.strip, named.split(",")):
+            by_number = name.isdecimal()
+            found.append(
+                nvml.nvmlDeviceGetHandleByIndex(int(name))
+                if by_number
+                else nvml.nvmlDeviceGetHandleByUUID(name)
+            )
+    return found
 
 
 def parse_gpu(slug: str, text: str, file: str) -> GpuProfile:

@@ -27,7 +27,8 @@ _TOKENS = 64  # of a prompt that stands for all: every stride is a multiple of t
 
 
 class Aimed:
-    """Stands for Triton's driver of a GPU that this process does not open.
+    """Takes the place of Triton's CUDA driver, so that Triton compiles for a GPU that this process
+    never opens.
 
     Args:
         target: of ``Kernels``.
@@ -37,29 +38,29 @@ class Aimed:
         self._target = target
 
     def get_current_target(self) -> Any:
-        """What kernels are compiled for."""
+        """The architecture that Triton compiles kernels for."""
         from triton.backends.compiler import GPUTarget
 
         return GPUTarget(*self._target)
 
     def get_current_device(self) -> int:
-        """Any number: nothing is launched."""
+        """The number of the device, which Triton asks for; no kernel is launched on it."""
         return 0
 
     def get_current_stream(self, device: int = 0) -> int:
-        """Likewise."""
+        """The handle of the stream, which Triton asks for; no kernel is launched on it."""
         return 0
 
     @cached_property
     def utils(self) -> Any:
-        """What launchers are linked with."""
+        """Triton's CUDA helpers, which the compiled launchers are linked with."""
         from triton.backends.nvidia.driver import CudaUtils
 
         return CudaUtils()
 
 
 def compile_all(kernels: Kernels) -> None:
-    """Compile each of them; one that fails is left to whoever launches it."""
+    """Compile each kernel; one that fails is skipped, and compiled where it is launched."""
     from triton.runtime import driver
 
     driver.set_active(Aimed(kernels.target))
@@ -71,7 +72,7 @@ def compile_all(kernels: Kernels) -> None:
 
 
 def _only_compiling() -> None:
-    """From here on, this process compiles what it would launch."""
+    """Replace Triton's launch, so that a call compiles its kernel and does not run it."""
     from triton.runtime.jit import JITFunction
 
     run = JITFunction.run
@@ -167,7 +168,7 @@ def _projected(kernels: Kernels, dtype: torch.dtype) -> list[Tensor]:
 
 
 def _paged(head_dim: int, pairs: tuple[int, ...]) -> Paged:
-    """A layer of one page; nothing reads it."""
+    """The page tables of a layer of one page, whose contents no kernel reads."""
     numbers = torch.zeros(2 * _TOKENS, dtype=torch.int32)
     scales, tiles = torch.ones(_TOKENS, 2), torch.zeros(1, 16, dtype=torch.int32)
     pool = torch.zeros(4 * head_dim * _TOKENS, dtype=torch.uint8)

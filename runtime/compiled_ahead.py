@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import time
@@ -20,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvtune.common.processors import processors
+from kvtune.common.progress import Progress
 from kvtune.policies.page_formats import is_blocks
 from kvtune.policies.pages import PageLayout
 from kvtune.policies.placement import pages_of
@@ -70,6 +71,11 @@ class Kernels:
         """Query heads that share one KV head, G."""
         return self.query_heads // self.kv_heads
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compile."""
+        return not (self.widths or self.decode or self.stored or self.column_sums)
+
     def text(self) -> str:
         """The form that is sent to the process."""
         return json.dumps(asdict(self))
@@ -112,7 +118,7 @@ class Kernels:
         parts[at] = replace(
             parts[at], widths=self.widths, stored=self.stored, column_sums=self.column_sums
         )
-        return [part for part in parts if part.decode or part.stored]
+        return [part for part in parts if not part.is_empty]
 
 
 def kernels_of(
@@ -198,17 +204,27 @@ class Compiling:
             stored=self._begun.stored + fresh.stored,
             column_sums=self._begun.column_sums or fresh.column_sums,
         )
-        for part in fresh.shares(min(PROCESSES, max(1, (os.cpu_count() or 1) // 2))):
+        for part in fresh.shares(min(PROCESSES, max(1, processors() // 2))):
             self.processes.append(_process(part))
 
-    def wait(self) -> None:
-        """Until all have ended, or ``LONGEST_WAIT_S`` are over."""
+    def wait(self, progress: Progress) -> None:
+        """Until all have ended, or ``LONGEST_WAIT_S`` are over.
+
+        Args:
+            progress: told, once, of processes that have failed.
+        """
         deadline = time.monotonic() + LONGEST_WAIT_S
         for process in self.processes:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 break
+        ended = [process.poll() for process in self.processes]  # before others are made to end
+        if codes := sorted({code for code in ended if code}):
+            progress.note(
+                "not all kernels could be compiled ahead, so that launching the rest takes longer "
+                f"(exit codes {', '.join(map(str, codes))})"
+            )
         self.end()
 
     def end(self) -> None:

@@ -99,7 +99,7 @@ def run_beside_full(
     if torch.device(loaded.device).type != "cpu":
         full = full_cache(loaded, sample, prompt)
         return full, run_live(loaded, sample, prompt, policies, full)
-    logits, cache = _answered(loaded, sample, prompt, [_whole(loaded), *policies])
+    logits, cache = _answered(loaded, sample, prompt, [full_policy(loaded), *policies])
     full = logits[0].float().log_softmax(-1)
     reference = Reference.of(full, sample)
     return full, [_measured(reference, logits, row, cache) for row in range(1, len(policies) + 1)]
@@ -107,10 +107,11 @@ def run_beside_full(
 
 def full_cache(loaded: LoadedModel, sample: Sample, prompt: Prompt) -> Tensor:
     """Log-probabilities under the uncompressed prompt, ``[C, vocabulary]`` float32."""
-    return _answered(loaded, sample, prompt, [_whole(loaded)])[0][0].float().log_softmax(-1)
+    return _answered(loaded, sample, prompt, [full_policy(loaded)])[0][0].float().log_softmax(-1)
 
 
-def _whole(loaded: LoadedModel) -> Policy:
+def full_policy(loaded: LoadedModel) -> Policy:
+    """The policy that keeps every token as the model computes it."""
     return Policy.uniform(Option(), loaded.geometry.layers, loaded.geometry.kv_heads)
 
 

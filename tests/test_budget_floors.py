@@ -11,11 +11,15 @@ import pytest
 from kvtune.common.errors import KvtuneError
 from kvtune.policies.export import exported_cache
 from kvtune.policies.export.exporters.transformers import Transformers
-from kvtune.policies.format import formats
+from kvtune.policies.format import Format, formats
+from kvtune.policies.formats.bf16 import Bf16
+from kvtune.policies.formats.fitted import Fitted
+from kvtune.policies.formats.grouped import Int4
 from kvtune.policies.method import methods
 from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.streaming_llm import StreamingLLM
 from kvtune.policies.option import ALL, Budget, Option
+from kvtune.policies.paging import Growth, held_bytes
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.document import (
     ModelFacts,
@@ -62,12 +66,52 @@ def test_budgets_in_tokens_and_whole_prompts_need_no_floor() -> None:
 
 @pytest.mark.parametrize("name", sorted(set(methods()) - set(LEFT_OUT)))
 def test_no_shorter_prompt_takes_more_bytes_than_where_the_share_was_found(name: str) -> None:
-    option = Option(methods()[name](), Budget(share=0.125).with_floor(FOUND))
+    option = Option(methods()[name](), Budget(share=0.125)).with_floor(FOUND)
     most = option.ledger(option.budget.resolve(FOUND), FOUND, 64).resident_bytes
     for tokens in lengths(20):
         if tokens < FOUND:
             held = option.ledger(option.budget.resolve(tokens), tokens, 64).resident_bytes
             assert held <= most, (name, tokens)
+
+
+@pytest.mark.parametrize(
+    "growth", [Growth(128), Growth(128, evicts=True), Growth(128, residual=64)]
+)
+@pytest.mark.parametrize("kind", [Bf16(), Int4(), Int4(exact_first=4), Fitted()])
+@pytest.mark.parametrize("share", [1 / 64, 0.125, 0.3])
+def test_no_shorter_prompt_takes_more_pages_than_where_the_share_was_found(
+    share: float, kind: Format, growth: Growth
+) -> None:
+    floored = 0
+    for name in sorted(set(methods()) - set(LEFT_OUT)):
+        option = Option(methods()[name](), Budget(share=share), kind, kind).with_floor(FOUND)
+        policy = Policy.uniform(option, 2, 3)
+        most = held_bytes(policy, FOUND, 64, growth)
+        floored += option.budget.floor > 0
+        if option.budget.floor:
+            for tokens in (1, 50, 111, 112, 113, 260, 268, 269, 448, FOUND - 1):
+                assert held_bytes(policy, tokens, 64, growth) <= most, (name, tokens)
+    assert floored > 15
+
+
+@pytest.mark.parametrize("name", ["attention_matching", "cca"])
+def test_methods_that_store_whole_prompts_otherwise_get_no_floor(name: str) -> None:
+    """Of 112 tokens, all kept, they need more pages than of 896 tokens of which 112 are kept."""
+    option = Option(methods()[name](), Budget(share=0.125), Int4(), Int4())
+    assert option.with_floor(FOUND) == option
+    floored = replace(option, budget=option.budget.with_floor(FOUND))
+    whole, part = (
+        held_bytes(Policy.uniform(floored, 2, 3), tokens, 64, Growth(128))
+        for tokens in (112, FOUND)
+    )
+    assert whole > part
+    assert held_bytes(Policy.uniform(option, 2, 3), 112, 64, Growth(128)) <= part
+
+
+def test_a_floor_that_is_there_is_not_lowered() -> None:
+    floored = Budget(share=0.125).with_floor(FOUND)
+    assert floored.with_floor(448) == floored
+    assert floored.with_floor(2 * FOUND) == Budget(share=0.125).with_floor(2 * FOUND)
 
 
 def test_a_policys_bytes_are_those_of_each_heads_own_tokens() -> None:
@@ -101,11 +145,29 @@ def test_a_policy_file_keeps_the_floor() -> None:
     written = document(Budget(share=0.125).with_floor(FOUND))
     text = write_policy(written)
     assert "budget: 12.5% but at least 112 tokens" in text
+    assert "\nkvtune_policy: 2\n" in text  # an older kvtune is to say that it must be updated
     assert read_policy(text) == written
     assert read_policy(text).policy != document(Budget(share=0.125)).policy
 
 
-@pytest.mark.parametrize("budget", ["12.5% but at least tokens", "12.5% at least 12 tokens"])
+def test_a_policy_file_without_floors_can_be_read_by_every_kvtune() -> None:
+    written = document(Budget(share=0.125))
+    text = write_policy(written)
+    assert "\nkvtune_policy: 1\n" in text
+    assert read_policy(text) == written
+
+
+def test_a_floor_in_a_file_of_the_first_version_is_read() -> None:
+    """Searches wrote them so before the second version was."""
+    floored = document(Budget(share=0.125).with_floor(FOUND))
+    text = write_policy(floored).replace("kvtune_policy: 2", "kvtune_policy: 1")
+    assert read_policy(text) == floored
+
+
+@pytest.mark.parametrize(
+    "budget",
+    ["12.5% but at least tokens", "12.5% at least 12 tokens", "12.5% but at least 0 tokens"],
+)
 def test_a_floor_that_is_written_otherwise_is_told_how(budget: str) -> None:
     with pytest.raises(KvtuneError) as error:
         read_policy(f"kvtune_policy: 1\npolicy: {{method: snapkv, budget: {budget}}}\n")

@@ -565,13 +565,13 @@ def test_validate_runs_the_held_out_samples_and_reports(
     found = types.SimpleNamespace(
         live=live, perplexity_change=None, retrieval_accuracy=None, full_cache_accuracy=None,
         prompt_bytes=1234, samples=3, by_kind={"code": live}, counters={"heads_compressed": 6},
-        right_by_kind={"turns": types.SimpleNamespace(ours=0.5, full=0.75)},
+        right_by_kind={"turns": types.SimpleNamespace(ours=0.5, full=0.75)}, rounding=0.0078,
     )  # fmt: skip
 
     def validate_policy(
-        policy: Any, loaded: Any, samples: Any, *, stored_alike: bool, progress: Any
+        policy: Any, loaded: Any, samples: Any, *, stored_alike: bool, rounding: bool, progress: Any
     ) -> Any:
-        assert not stored_alike
+        assert (stored_alike, rounding) == (False, True)
         seen.extend([policy.layers, *samples])
         return found
 
@@ -586,7 +586,9 @@ def test_validate_runs_the_held_out_samples_and_reports(
     assert answer["quality"]["interval"] == answer["by_kind"]["code"]["interval"] == [0.01, 0.04]
     assert (answer["counted_bytes"], answer["counters"]) == (1234, {"heads_compressed": 6})
     assert (answer["times"], answer["untimed"]) == (None, NO_GPU)
+    assert answer["rounding_kl_nats_per_token"] == 0.0078
     said = run(*words).out
+    assert "differs from itself by 0.0078 nats a token" in " ".join(said.split())
     assert said.count("0.02 [0.01, 0.04] live") == 2
     assert "KL, code" in said
     assert answer["right_by_kind"] == {"turns": {"ours": 0.5, "full": 0.75}}

@@ -209,7 +209,7 @@ WRONG = {
     "missing layer": (HEADS.replace("  - [a, b, b]\n", ""), 8, "1 layers", ""),
     "layer is no list": (HEADS.replace("[a, b, b]", "a"), 9, "list", ""),
     "no layers": (HEADS.split("\nheads:")[0] + "\nheads: []\n", 7, "needs 1", ""),
-    "newer version": (HEADS.replace("policy: 1", "policy: 2"), 1, "version 2", "update"),
+    "newer version": (HEADS.replace("policy: 1", "policy: 3"), 1, "version 3", "update"),
     "version no number": (HEADS.replace("policy: 1", "policy: one"), 1, "whole number", ""),
     "version missing": (HEADS.split("\n", 1)[1], 1, "'kvtune_policy'", "kvtune_policy: 1"),
     "doubled key": (HEADS + "name: x\nname: y\n", 11, "'name' stands here twice", ""),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from kvtune.profiles.gpus import (
     list_gpus,
     names_of,
     parse_gpu,
+    smallest_free_bytes,
 )
 from kvtune.tests.tiers import each
 
@@ -203,6 +205,46 @@ def test_a_gpu_without_a_profile_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(KvtuneError, match="RTX 4090 Laptop GPU', has no profile") as caught:
         detect_gpu()
     assert "--gpu" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("visible", "free"),
+    [
+        (None, 30),
+        ("0", 70),
+        ("0,1", 50),
+        (" GPU-two ", 30),
+        ("0,7,2", 70),  # there is no seventh, and CUDA shows none behind it
+        ("", None),
+        ("-1", None),
+    ],
+)
+def test_the_least_free_memory_is_that_of_visible_cards(
+    visible: str | None, free: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_nvml(monkeypatch, "card")
+    nvml: Any = sys.modules["pynvml"]
+    cards = {0: 70, 1: 50, 2: 30}
+
+    def numbered(index: int) -> int:
+        if index not in cards:
+            raise nvml.NVMLError("Invalid Argument")
+        return index
+
+    nvml.nvmlDeviceGetHandleByIndex = numbered
+    nvml.nvmlDeviceGetHandleByUUID = lambda name: numbered({"GPU-two": 2}.get(name, -1))
+    nvml.nvmlDeviceGetCount = lambda: len(cards)
+    nvml.nvmlDeviceGetMemoryInfo = lambda card: types.SimpleNamespace(total=99, free=cards[card])
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert smallest_free_bytes() == free
+
+
+def test_without_a_driver_no_memory_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_nvml(monkeypatch, None)
+    assert smallest_free_bytes() is None
 
 
 # --- strictness --------------------------------------------------------------------------------

@@ -6,14 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from kvtune.common.progress import Silent
 from kvtune.policies.formats.grouped import Int2, Int4
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.option import Budget, Option
@@ -97,7 +99,7 @@ def test_without_a_gpu_nothing_is_begun() -> None:
     model = SimpleNamespace(device=SimpleNamespace(type="cpu"))
     compiling = Compiling()
     compiling.begin([policy(Int4)], GEOMETRY, model)
-    compiling.wait()
+    compiling.wait(Silent())
     assert compiling.processes == []
 
 
@@ -113,6 +115,36 @@ def test_each_kernel_is_sent_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [names for part in sent for names in part.stored].count(("bf16", "bf16")) == 1
     assert len([part for part in sent if part.widths]) == 1
     assert len([part for part in sent if part.column_sums]) == 1
+
+
+def test_what_only_the_column_sums_are_new_of_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Kernels] = []
+    monkeypatch.setattr(compiled_ahead, "_process", sent.append)
+    compiling, whole = Compiling(), made(policy(Int4))
+    compiling.send(replace(whole, column_sums=False))
+    before = len(sent)
+    compiling.send(whole)
+    (last,) = sent[before:]
+    assert last.column_sums
+    assert (last.decode, last.stored, last.widths) == ((), (), None)
+    compiling.send(whole)
+    assert len(sent) == before + 1
+
+
+def test_processes_that_failed_are_noted_once() -> None:
+    class Notes(Silent):
+        notes: ClassVar[list[str]] = []
+
+        def note(self, message: str) -> None:
+            self.notes.append(message)
+
+    compiling = Compiling()
+    for code in (0, 3, 3):
+        ending = [sys.executable, "-c", f"raise SystemExit({code})"]
+        compiling.processes.append(subprocess.Popen(ending, text=True))  # noqa: S603 - harmless
+    compiling.wait(Notes())
+    (note,) = Notes.notes
+    assert "(exit codes 3)" in note
 
 
 def test_processes_end_when_they_are_told_to() -> None:

@@ -33,7 +33,7 @@ from kvtune.policies.page_formats import (
 from kvtune.policies.pages import PageLayout
 from kvtune.policies.policy import Policy
 from kvtune.runtime import load_cache
-from kvtune.runtime.cache.backend import Backend, Growing, Moves, Seen, Writing
+from kvtune.runtime.cache.backend import AttentionSeen, Backend, Growing, Moves, Writing
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.plain_backend import PlainBackend
 from kvtune.runtime.cache.policy_cache import PolicyCache
@@ -239,7 +239,7 @@ def test_a_layer_sees_the_same_weights_through_kernels() -> None:
         torch.testing.assert_close(ours, plain, atol=0.01, rtol=0.01)
 
 
-def weights_on_grown(layer: PagedLayer, places: int, seen: Seen) -> torch.Tensor:
+def weights_on_grown(layer: PagedLayer, places: int, seen: AttentionSeen) -> torch.Tensor:
     """Attention on the first places of every row's growing segment, ``[rows, G, places]``."""
     rows = torch.arange(layer.rows)
     real = torch.arange(places) < layer.paged.lengths[GROWN * layer.rows + rows][:, None]

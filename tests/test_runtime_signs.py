@@ -21,7 +21,7 @@ from kvtune.policies.pages import PageLayout, has_pages, layout_of
 from kvtune.policies.paging import Growth, head_pages
 from kvtune.policies.slabs import pool_cells
 from kvtune.runtime.cache import fitted_pages
-from kvtune.runtime.cache.backend import Seen
+from kvtune.runtime.cache.backend import AttentionSeen
 from kvtune.runtime.cache.leaving import free
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.plain_backend import PlainBackend
@@ -94,7 +94,7 @@ def test_signs_attend_as_what_they_decode_to(
     q = torch.randn(3, group, head_dim, generator=torch.Generator().manual_seed(1)).bfloat16()
     exact, exact_lse = by_hand(expected, q)
     scratch, scale = Scratch(3, layer.slots, group, head_dim, "cpu"), head_dim**-0.5
-    seen, lse = Seen(torch.empty(3, group)), torch.empty(3, group)
+    seen, lse = AttentionSeen(torch.empty(3, group)), torch.empty(3, group)
     plain = layer.backend.attend(q.float(), layer.paged, scratch, scale, seen)
     largest = float(exact.abs().amax())
     assert float((plain - exact).abs().amax()) < 1e-3 * largest  # tables are rounded to 16 bits

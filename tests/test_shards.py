@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from kvtune.common.errors import KvtuneError
 from kvtune.common.processes import processes
+from kvtune.common.progress import Silent
 from kvtune.policies.formats.grouped import Int4
 from kvtune.policies.methods.h2o import H2O
 from kvtune.policies.methods.snapkv import SnapKV
@@ -20,7 +24,8 @@ from kvtune.simulator.quality.build import build_tables
 from kvtune.simulator.quality.shards import build_tables_on
 from kvtune.traces.capture import capture
 from kvtune.traces.models import load_model
-from kvtune.traces.shards import PARTS, CaptureJob, capture_on
+from kvtune.traces.parts import PARTS
+from kvtune.traces.shards import CaptureJob, capture_on, capture_part
 from kvtune.traces.trace import Trace
 
 OPTIONS = [Option(H2O(), Budget(share=0.3)), Option(SnapKV(), Budget(share=0.2), Int4(), Int4())]
@@ -105,6 +110,71 @@ class Here(Executor):
 
 def test_parts_are_joined_to_the_trace_of_one_process(job: CaptureJob, tmp_path: Path) -> None:
     same(Here(), job, tmp_path / "one")
+
+
+class Notes(Silent):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+def interrupted_alone(job: CaptureJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sample is captured by this process, which then stops."""
+    capture_module = sys.modules[capture.__module__]
+    run = capture_module._run
+    ran: list[int] = []
+
+    def once(*given: Any) -> Any:
+        if ran:
+            raise KeyboardInterrupt
+        ran.append(1)
+        return run(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(capture_module, "_run", once)
+        with pytest.raises(KeyboardInterrupt):
+            alone(job, job.folder)
+
+
+def test_workers_go_on_where_one_process_was_interrupted(
+    job: CaptureJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted_alone(job, monkeypatch)
+    first = (job.folder / "sample-0000" / "sample.json").stat().st_mtime_ns
+    notes = Notes()
+    trace = capture_on(Here(), job, progress=notes, trusted=True)
+    assert notes.notes == ["1 samples are already captured"]
+    assert (job.folder / "sample-0000" / "sample.json").stat().st_mtime_ns == first
+    # What was hashed just now is not hashed again; what an earlier process has left is.
+    assert {Path(path).parent.name for path in trace.checked} == {"sample-0001", "sample-0002"}
+    same(Here(), job, tmp_path / "one")
+
+
+def test_workers_refuse_to_go_on_with_another_trace(
+    job: CaptureJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted_alone(job, monkeypatch)
+    with pytest.raises(KvtuneError, match=r"another trace \(different probes\)"):
+        capture_on(Here(), replace(job, probes=3))
+
+
+def test_one_process_removes_what_ended_workers_have_left(job: CaptureJob) -> None:
+    capture_part(job, 0, "cpu")
+    assert (job.folder / PARTS / "0000" / "manifest.json").is_file()
+    alone(job, job.folder)
+    assert not (job.folder / PARTS).exists()
+
+
+def test_what_is_not_the_workers_stays(job: CaptureJob) -> None:
+    mine = job.folder / PARTS / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("keep")
+    alone(job, job.folder)
+    assert mine.read_text() == "keep"
 
 
 def test_samples_that_one_process_replays_side_by_side_stay_together(

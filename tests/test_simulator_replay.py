@@ -32,7 +32,7 @@ from kvtune.policies.testing import uniform
 from kvtune.runtime.live import run_live
 from kvtune.runtime.prompts import fresh_prompt
 from kvtune.simulator.quality import build
-from kvtune.simulator.quality.build import ahead, build_tables, layer_features
+from kvtune.simulator.quality.build import ahead, build_tables, layer_features, replayed
 from kvtune.simulator.quality.evaluate import replay_policies
 from kvtune.simulator.quality.replay import LayerReplay, replay_options
 from kvtune.traces.capture import capture
@@ -231,6 +231,31 @@ def test_items_are_loaded_ahead_in_order_and_an_error_reaches_the_caller() -> No
     assert [next(found) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(KvtuneError, match="shard"):
         next(found)
+
+
+@pytest.mark.parametrize("device", ["cpu", "elsewhere"])
+def test_items_are_replayed_in_order_and_threads_are_given_back(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU of eight threads four work side by side with two each, also if one fails."""
+    given: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+
+    def replay(n: int) -> int:
+        if n == 36:
+            raise KvtuneError("replay")
+        return n + 1
+
+    found = replayed(lambda n: n * n, replay, range(9), device)
+    assert [next(found) for _ in range(6)] == [1, 2, 5, 10, 17, 26]
+    with pytest.raises(KvtuneError, match="replay"):
+        next(found)
+    if device == "cpu":
+        assert set(given[:-1]) == {2}
+        assert given[-1] == 8
+    else:
+        assert not given
 
 
 class Counted(TorchDispatchMode):

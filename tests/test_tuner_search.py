@@ -28,7 +28,9 @@ from kvtune.policies.formats.bf16 import Bf16
 from kvtune.policies.head_scores import About, HeadScores, write_heads
 from kvtune.policies.methods.full import Full
 from kvtune.policies.methods.quest import Quest
+from kvtune.policies.methods.snapkv import SnapKV
 from kvtune.policies.methods.weighted_keys import WeightedKeys
+from kvtune.policies.option import Budget, Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.document import read_policy
 from kvtune.profiles.gpus import find_gpu
@@ -45,6 +47,7 @@ from kvtune.tuner.finished import finished
 from kvtune.tuner.options import METHODS, Menu, alike, every_method
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import SearchResult
+from kvtune.tuner.rounding import MEASURED
 from kvtune.tuner.search import run_search
 from kvtune.tuner.stored_result import read_result
 
@@ -332,14 +335,70 @@ def test_the_plan_runs_at_other_lengths_that_are_asked_for(
     (there,) = result.other_lengths
     assert (there.prompt_tokens, there.samples, there.kl.tier) == (40, 4, "live")
     assert any("on prompts of 40 tokens the plan loses" in note for note in result.notes)
+    (failed,) = [note for note in result.notes if "was not run on prompts" in note]
+    assert "1 000 000 tokens" in failed
+    assert "--lengths 1000000 tries it again" in failed
     assert (result.policy.budgets(40) >= np.minimum(result.policy.budgets(80), 40)).all()
     stored = read_result(request.run_dir / "result.json")
     assert stored.other_lengths == result.other_lengths
     document = read_policy(request.run_dir / "policy.yaml")
     assert document.provenance is not None
     assert document.provenance.other_lengths == {"40": there.kl.as_dict()}
-    card = card_of(StudyReader(request.run_dir).read())
-    assert "| loss at 40 tokens |" in as_markdown(card)
+    study = StudyReader(request.run_dir).read()
+    card = as_markdown(card_of(study))
+    assert "| loss at 40 tokens |" in card
+    assert "--lengths 40,1000000" in card
+
+
+def test_a_length_that_failed_is_tried_again_on_the_study_that_there_is(
+    own: SearchRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error in our own code loses no search; the same search then runs what is missing alone."""
+    monkeypatch.setattr(sources, "LAPTOP", Menu(METHODS, (0.25,), alike((Bf16(),))))
+    request = replace(own, lengths=(40,), sequences=1, run_dir=own.run_dir / "again")
+    without_lengths = run_search(replace(request, lengths=None))
+    work = Work()
+    with pytest.MonkeyPatch.context() as patch:
+        work.watch(patch)
+        patch.setattr("kvtune.tuner.answer.run_at", out_of_order)
+        first = run_search(request)
+    assert work.done == 0  # the study, its replays and live runs are there
+    assert first.other_lengths == ()
+    assert any("RuntimeError, out of order. The same search" in note for note in first.notes)
+    second = run_search(request)
+    assert [at.prompt_tokens for at in second.other_lengths] == [40]
+    assert not any("was not run on prompts" in note for note in second.notes)
+    assert second.policy == first.policy == without_lengths.policy
+    assert second.provenance["study"] == without_lengths.provenance["study"]
+    third = Notes()
+    assert run_search(request, third).other_lengths == second.other_lengths
+    assert any("has ended before" in note for note in third.said)
+
+
+def out_of_order(*_: object, **__: object) -> None:
+    raise RuntimeError("out of order")
+
+
+def test_a_search_in_16_bits_says_what_rounding_makes_of_its_losses(
+    own: SearchRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured by one pass a held-out sample; in the notes, the result's file and on the card."""
+    passes = []
+
+    def found(_: Any, sample: Any, __: Any, full: Any) -> torch.Tensor:
+        passes.append(sample.split)
+        return torch.full((2, len(full)), 0.125)  # the tiny model rounds too few numbers to differ
+
+    monkeypatch.setattr(sources, "LAPTOP", Menu(METHODS, (0.25,), alike((Bf16(),))))
+    monkeypatch.setattr("kvtune.tuner.validate.kl_of_rounding", found)
+    monkeypatch.setattr("kvtune.traces.models.choose_dtype", lambda *_: ("bfloat16", "asked for"))
+    result = run_search(replace(own, run_dir=own.run_dir / "16"))
+    assert passes == ["evaluate"] * 2
+    assert read_result(own.run_dir / "16" / "result.json").provenance[MEASURED] == 0.125
+    (said,) = (note for note in result.notes if note.startswith("rounding: "))
+    assert "itself by 0.12 nats a token" in said
+    assert result.baselines[0].name in said
+    assert said in as_markdown(card_of(StudyReader(own.run_dir / "16").read())).replace("\\", "")
 
 
 def test_a_menu_that_nobody_named_is_settled_once_said_and_recorded(
@@ -561,6 +620,8 @@ def test_a_models_own_search_runs_the_plan_and_its_baselines_live(searched: Sear
     assert [row.by_kind for row in read] == [row.by_kind for row in result.baselines]
     assert all(e.low <= e.value <= e.high for row in read for e in row.by_kind.values())
     assert (result.times, result.untimed) == (None, None)  # no GPU
+    assert MEASURED not in result.provenance  # float32
+    assert not any(note.startswith("rounding: ") for note in result.notes)
     assert result.counters["tokens_offered"] == 2 * 80 * 6
     assert 0 < result.counters["tokens_kept"] <= result.counters["tokens_offered"]
     assert result.quality.kl.value > 0 or result.counters["heads_that_evicted"] == 0
@@ -656,6 +717,30 @@ def test_the_plan_is_timed_as_validate_would_on_the_card_it_is_for(
     printed = timing.Served(7, 4096, request.generated_tokens, 10**9, cost.memory)
     serving = {"batch": 7, "context_tokens": 4096, "largest": None, "served": printed}
     assert asked == called * [("the plan", request.shape, ("evaluate",), serving)]
+
+
+@pytest.mark.parametrize(
+    ("device", "here", "begun"), [("cpu", "4090", 0), ("cuda", "h100", 0), ("cuda", "4090", 1)]
+)
+def test_kernels_are_compiled_ahead_only_for_a_plan_that_will_be_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, here: str, begun: int
+) -> None:
+    from kvtune.tuner import answer, timing
+
+    monkeypatch.setattr(timing, "detect_gpu", lambda: find_gpu(here))
+    loaded, compiled = types.SimpleNamespace(device=device), []
+    beside = types.SimpleNamespace(
+        compiles_for=lambda device: device.startswith("cuda"),
+        compile=lambda policies, model, progress: compiled.append(policies),
+    )
+    plan = Policy.uniform(Option(SnapKV(), Budget(share=0.25)), 2, 2)
+    found: Any = types.SimpleNamespace(
+        request=llama(tmp_path),
+        source=types.SimpleNamespace(loaded=loaded, beside=beside, trace=object()),
+        solver=types.SimpleNamespace(policy=lambda likely: plan),
+    )
+    answer.begin_compiling(found, types.SimpleNamespace(), Silent())  # type: ignore[arg-type]
+    assert [each[0] for each in compiled] == begun * [plan]
 
 
 def _as_files(folder: Path) -> dict[str, bytes]:

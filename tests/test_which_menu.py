@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from kvtune.tuner.options import FEW, LAPTOP
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.sources import menu_of
 from kvtune.tuner.which_menu import ADDED_S, ADDED_SHARE, Seconds, seconds_of, with_menu
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
 def request(name: str = "smollm2-135m", **asked: Any) -> SearchRequest:
@@ -85,6 +88,15 @@ def test_seconds_grow_with_samples_and_model_and_fall_with_cores() -> None:
     assert seconds_of(request(), 64) == seconds_of(request(), 4)  # not measured beyond
     assert seconds_of(request(workload="mixed"), 2).three == pytest.approx(27 / 9 * two.three)
     assert seconds_of(big(), 2).three > 10 * two.three
+
+
+@pytest.mark.parametrize("menu", ["three", "few"])
+def test_the_estimate_is_what_searches_took_on_one_machine(menu: str) -> None:
+    file = RESULTS / f"search-stages-merged-{menu}-cpu.json"
+    (search,) = json.loads(file.read_text(encoding="utf-8"))["searches"]
+    processor, clock = (getattr(seconds_of(request(), cores), menu) for cores in (1, 2))
+    assert processor == pytest.approx(search["processor"], rel=0.05)
+    assert clock == pytest.approx(search["seconds"], rel=0.12)  # two threads wait for each other
 
 
 def test_few_has_all_of_the_three_methods_options_and_some_more() -> None:

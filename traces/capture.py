@@ -20,6 +20,7 @@ from kvtune.common.rotary import later_queries, query_moments
 from kvtune.traces.asking import ASKED, asked_again
 from kvtune.traces.calibration import require_calibration
 from kvtune.traces.output_head import OutputHead, Slopes
+from kvtune.traces.parts import remove_parts
 from kvtune.traces.passes import run_observed, run_prompt
 from kvtune.traces.probes import Probes
 from kvtune.traces.samples import Sample
@@ -116,6 +117,7 @@ def capture(
             if written is not None:
                 written.result()
         writer.close()
+        remove_parts(Path(out_dir))  # of helpers that ended before all samples were there
         return open_trace(Path(out_dir), writer.hashed)
 
 

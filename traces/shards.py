@@ -10,24 +10,23 @@ from __future__ import annotations
 
 import shutil
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from kvtune.common.files import write_json
 from kvtune.common.lock import locked
 from kvtune.common.processes import own_device
 from kvtune.common.progress import Progress, Silent
 from kvtune.common.stored import read_json
-from kvtune.traces.manifest import MANIFEST
+from kvtune.traces.manifest import ENTRY, MANIFEST, read_manifest
+from kvtune.traces.parts import part_of, remove_parts
 from kvtune.traces.samples import Sample
 from kvtune.traces.trace import Trace, open_trace
 
 if TYPE_CHECKING:
     from kvtune.traces.models import LoadedModel
-
-PARTS = "parts"
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def capture_on(
     *,
     trusted: bool = False,
 ) -> Trace:
-    """Capture every sample on the engine, and join the samples to one trace.
+    """Capture on the engine what is not captured yet, and join the samples to one trace.
 
     Args:
         engine: runs the samples.
@@ -76,21 +75,33 @@ def capture_on(
             hashed again.
     """
     progress = progress or Silent()
+    ran: set[str] = set()
     with locked(job.folder, wait=True, progress=progress):
-        made = not (job.folder / MANIFEST).is_file()
-        if made:
-            waiting = [
-                engine.submit(capture_part, job, index, device) for index in range(len(job.samples))
-            ]
-            for part in progress.track(waiting, "capturing attention", len(waiting)):
-                part.result()
-            _join(job)
+        there = _captured(job)
+        missing = [n for n, sample in enumerate(job.samples) if sample.id not in there]
+        if there and missing:
+            progress.note(f"{len(there)} samples are already captured")
+        waiting = [engine.submit(capture_part, job, index, device) for index in missing]
+        for part in progress.track(waiting, "capturing attention", len(waiting)):
+            if folder := part.result():
+                ran.add(folder)
+        if missing:
+            _join(job, there)
     trace = open_trace(job.folder)
-    return open_trace(job.folder, trace.files()) if made and trusted else trace
+    if not (ran and trusted):
+        return trace
+    return open_trace(job.folder, [path for path in trace.files() if path.parent.name in ran])
 
 
-def capture_part(job: CaptureJob, index: int, device: str) -> None:
-    """One sample, by a worker: it lies in a folder of its own until all are there."""
+def capture_part(job: CaptureJob, index: int, device: str) -> str | None:
+    """One sample, by a worker: it lies in a folder of its own until all are there.
+
+    Returns:
+        The name of the sample's folder; None where it was finished before.
+
+    Raises:
+        KvtuneError: the folder holds samples of another trace.
+    """
     from kvtune.traces.capture import capture_sample
     from kvtune.traces.writer import CaptureSettings, TraceWriter
 
@@ -98,9 +109,13 @@ def capture_part(job: CaptureJob, index: int, device: str) -> None:
     settings = CaptureSettings.of(
         loaded, job.samples, job.probes, job.seed, job.workload, job.queries, job.signals
     )
-    writer = TraceWriter(_part(job, index), settings)
-    if not writer.finished(job.samples[index]):
-        capture_sample(loaded, job.samples[index], index, settings, writer)
+    if (job.folder / MANIFEST).is_file():
+        TraceWriter(job.folder, settings)  # refuses what is not the same trace; writes nothing
+    sample, writer = job.samples[index], TraceWriter(part_of(job.folder, index), settings)
+    if writer.finished(sample):
+        return None
+    capture_sample(loaded, sample, index, settings, writer)
+    return str(writer.entries[sample.id]["folder"])
 
 
 @cache
@@ -112,16 +127,32 @@ def loaded_once(model: str, device: str, dtype: str) -> LoadedModel:
     return load_model(model, device=device, dtype=None if usual else dtype)
 
 
-def _part(job: CaptureJob, index: int) -> Path:
-    return job.folder / PARTS / f"{index:04d}"
+def _captured(job: CaptureJob) -> dict[str, Any]:
+    """The manifest's entries of samples whose files are there, by id; a capture may have stopped.
+
+    Whether they are of the same trace is for the workers to say, who know the model.
+    """
+    path = job.folder / MANIFEST
+    if not path.is_file():
+        return {}
+    places = read_manifest(read_json(path), str(path)).samples
+    return {
+        place.id: asdict(place) for place in places if (job.folder / place.folder / ENTRY).is_file()
+    }
 
 
-def _join(job: CaptureJob) -> None:
+def _join(job: CaptureJob, there: dict[str, Any]) -> None:
     """Move the samples' folders together; the manifest, which makes them a trace, is last."""
-    manifests = [read_json(_part(job, n) / MANIFEST) for n in range(len(job.samples))]
-    entries = [entry for manifest in manifests for entry in manifest.pop("samples")]
-    for index, entry in enumerate(entries):
+    header: dict[str, Any] = {}
+    entries = []
+    for index, sample in enumerate(job.samples):
+        if sample.id in there:
+            entries.append(there[sample.id])
+            continue
+        header = read_json(part_of(job.folder, index) / MANIFEST)
+        (entry,) = header.pop("samples")
         shutil.rmtree(job.folder / entry["folder"], ignore_errors=True)
-        shutil.move(_part(job, index) / entry["folder"], job.folder / entry["folder"])
-    write_json(job.folder / MANIFEST, {**manifests[0], "samples": entries})
-    shutil.rmtree(job.folder / PARTS)
+        shutil.move(part_of(job.folder, index) / entry["folder"], job.folder / entry["folder"])
+        entries.append(entry)
+    write_json(job.folder / MANIFEST, {**header, "samples": entries})
+    remove_parts(job.folder)

@@ -11,17 +11,33 @@ from kvtune.common.estimate import BAND, Estimate
 from kvtune.common.progress import Progress
 from kvtune.common.units import format_bytes, format_tokens
 from kvtune.policies.host_pages import host_sequence_bytes
+from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy
 from kvtune.simulator.cost import Cost, policy_cost
 from kvtune.tuner.baselines import COSTS
 from kvtune.tuner.candidate import Candidate
 from kvtune.tuner.cross_fit import cross_fitted_front
 from kvtune.tuner.explore.record import selection_split
-from kvtune.tuner.lengths import LossAt, carried_to, length_note, lengths_to_run, losses_at
-from kvtune.tuner.live_baselines import live_baselines, live_on_stack
+from kvtune.tuner.lengths import (
+    RUNS_THERE,
+    Elsewhere,
+    LossAt,
+    alike,
+    carried_to,
+    failed_note,
+    length_note,
+    lengths_to_run,
+    losses_at,
+    nothing_ran_note,
+    run_at,
+    shares_alone_note,
+    without,
+)
+from kvtune.tuner.live_baselines import Compared, live_baselines, live_on_stack
 from kvtune.tuner.on_stack import BytesThere
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import Baseline, FrontPoint, Quality, SearchResult
+from kvtune.tuner.rounding import MEASURED, said_of_rounding
 from kvtune.tuner.serving_room import Budgets
 from kvtune.tuner.solver import Solver
 from kvtune.tuner.sources import QualitySource
@@ -58,30 +74,24 @@ class Found:
 
 def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
     """The chosen plan checked, beside the baselines, and the front that it stands on."""
-    request, source, solver = found.request, found.source, found.solver
-    policy, budget = solver.policy(chosen), found.budgets[chosen.place].at(chosen.sequences)
-    begin_compiling(found, chosen)
+    source = found.source
+    policy, budget = found.solver.policy(chosen), found.budgets[chosen.place].at(chosen.sequences)
+    begin_compiling(found, chosen, progress)
     cost = _cost(found, chosen)
     predicted = _predicted(found, chosen)
-    validation: Validation | None = None
-    on_stack: Baseline | None = None
-    if source.loaded:
-        ours = source.of_own_runtime
-        compared, validation = live_baselines(
-            ours, policy, chosen, ours.loss_of(chosen.choice), progress
-        )
-        if predicted.stack:
-            on_stack, validation = live_on_stack(source, compared[0], chosen, progress)
-    else:
-        compared = stand_in_baselines(source, solver, policy, chosen, predicted.kl)
+    compared, validation, on_stack = _compared(found, chosen, policy, predicted, progress)
     quality = quality_of(predicted, validation)
+    if source.beside is not None:
+        source.beside.end_helpers()  # other lengths need the memory that their models take
     elsewhere = _elsewhere(found, chosen, policy, quality, progress)
     baselines = tuple(row.baseline for row in compared)
+    provenance = _provenance(found, validation)
+    rounding = said_of_rounding(provenance, [on_stack or baselines[0], *baselines[1:]])
     if source.beside is not None:
-        source.beside.finish()
+        source.beside.finish(progress)
     times, untimed = _times(found, policy, chosen, cost, progress)
     return SearchResult(
-        request=request,
+        request=elsewhere.asked,
         budget=budget,
         front=_front_points(found, chosen),
         policy=policy,
@@ -104,31 +114,72 @@ def answer(found: Found, chosen: Candidate, progress: Progress) -> SearchResult:
         notes=(
             *found.notes,
             *_notes(found, chosen, quality),
-            *(length_note(at, source.tables.prompt_tokens) for at in elsewhere),
+            *elsewhere.notes,
             *_costs(found, chosen, baselines),
+            *([rounding] if rounding else []),
         ),
-        other_lengths=elsewhere,
-        provenance=_provenance(found),
+        other_lengths=elsewhere.losses,
+        provenance=provenance,
         on_stack=on_stack,
         times=times,
         untimed=untimed,
     )
 
 
-def _provenance(found: Found) -> dict[str, Any]:
-    """Versions, seeds and hashes that the result follows from."""
-    made = {"kvtune": kvtune.__version__, "seed": found.request.seed, "study": found.study}
-    return made | dict(found.source.provenance)
+def _compared(
+    found: Found, chosen: Candidate, policy: Policy, predicted: Quality, progress: Progress
+) -> tuple[Sequence[Compared], Validation | None, Baseline | None]:
+    """The plan first and the baselines; how the plan ran live, and as its stack runs it."""
+    source = found.source
+    if not source.loaded:
+        rows = stand_in_baselines(source, found.solver, policy, chosen, predicted.kl)
+        return rows, None, None
+    ours = source.of_own_runtime
+    rows, validation = live_baselines(ours, policy, chosen, ours.loss_of(chosen.choice), progress)
+    if not predicted.stack:
+        return rows, validation, None
+    on_stack, validation = live_on_stack(source, rows[0], chosen, progress)
+    return rows, validation, on_stack
 
 
-def begin_compiling(found: Found, likely: Candidate) -> None:
+def _provenance(found: Found, validation: Validation | None) -> dict[str, Any]:
+    """Versions, seeds, hashes; of a model that ran in 16 bits, what rounding makes of losses."""
+    floor = validation.rounding if validation else None
+    return {
+        "kvtune": kvtune.__version__,
+        "seed": found.request.seed,
+        "study": found.study,
+        **found.source.provenance,
+        **({} if floor is None else {MEASURED: floor}),
+    }
+
+
+def begin_compiling(found: Found, likely: Candidate, progress: Progress) -> None:
     """Let other processes compile what a plan will be timed with, while this one goes on."""
     loaded, beside = found.source.loaded, found.source.beside
-    if loaded is not None and beside is not None and beside.compiles_for(loaded.device):
+    if loaded is None or beside is None or not beside.compiles_for(loaded.device):
+        return
+    if _is_timed(found):
         from kvtune.runtime.timing import uncompressed
 
         policy = found.solver.policy(likely)
-        beside.compile([policy, uncompressed(policy)], loaded)
+        beside.compile([policy, uncompressed(policy)], loaded, progress)
+
+
+def _is_timed(found: Found) -> bool:
+    """Whether the plan is timed at the end: on the GPU that it is for, and with texts to read."""
+    return _has_gpu(found) and found.source.trace is not None and _is_for_this_gpu(found)
+
+
+def _has_gpu(found: Found) -> bool:
+    loaded = found.source.loaded
+    return loaded is not None and loaded.device.startswith("cuda")
+
+
+def _is_for_this_gpu(found: Found) -> bool:
+    from kvtune.tuner.timing import present_gpu
+
+    return present_gpu() == found.request.gpu
 
 
 def quality_of(predicted: Quality, validation: Validation | None) -> Quality:
@@ -138,21 +189,52 @@ def quality_of(predicted: Quality, validation: Validation | None) -> Quality:
 
 def _elsewhere(
     found: Found, chosen: Candidate, policy: Policy, quality: Quality, progress: Progress
-) -> tuple[LossAt, ...]:
+) -> Elsewhere:
     """The plan's loss at other prompt lengths: as it ran there, else at its context as fitted."""
-    source, context = found.source, chosen.context
-    measured = source.tables.prompt_tokens
-    ran: list[LossAt] = []
-    if source.loaded is not None:
-        asked = lengths_to_run(found.request, source.loaded.device, measured, context)
-        ran += losses_at(
-            policy, source.loaded, found.request, asked, progress,
-            stored_alike=stores_alike(found.request.stack),
-        )  # fmt: skip
-    known = {measured, *(at.prompt_tokens for at in ran)}
-    if context not in known and quality.kl.high > 0:
-        ran.append(carried_to(quality.kl, measured, context))
-    return tuple(sorted(ran, key=lambda at: at.prompt_tokens))
+    request, source, context = found.request, found.source, chosen.context
+    measured, loaded = source.tables.prompt_tokens, source.loaded
+    ran, failed = list[LossAt](), dict[int, str]()
+    if loaded is not None:
+        alike_stored = stores_alike(request.stack)
+        ran, failed = losses_at(
+            lengths_to_run(request, loaded.device, measured, context),
+            lambda tokens: run_at(
+                policy, loaded, request, tokens, progress, stored_alike=alike_stored
+            ),
+        )
+    notes = [length_note(at, measured) for at in ran]
+    known = (measured, *(at.prompt_tokens for at in ran))
+    if quality.kl.high > 0 and not any(alike(context, tokens) for tokens in known):
+        foretold, note = _at_context(found, policy, quality, context)
+        ran += foretold
+        tried = any(alike(context, tokens) for tokens in failed)
+        notes.append(note if tried else f"{note} {RUNS_THERE}")
+    notes += [failed_note(tokens, reason) for tokens, reason in failed.items()]
+    losses = tuple(sorted(ran, key=lambda at: at.prompt_tokens))
+    return Elsewhere(losses, tuple(notes), without(request, failed))
+
+
+def _at_context(
+    found: Found, policy: Policy, quality: Quality, context: int
+) -> tuple[list[LossAt], str]:
+    """What is foretold of the loss at the plan's context, and a line on it.
+
+    At shorter prompts plans whose heads all have floors were fitted alone.
+    """
+    shape, measured = found.request.shape, found.source.tables.prompt_tokens
+    if context < measured and not all(map(_keeps_tokens, policy.options())):
+        return [], shares_alone_note(context, measured)
+    held = policy.footprint(measured, shape.head_dim) + policy.host_bytes(measured, shape.head_dim)
+    kept = measured * held / shape.kv_bytes(measured)
+    at = carried_to(quality.kl, measured, context, kept)
+    if at is None:
+        return [], nothing_ran_note(context, measured)
+    return [at], length_note(at, measured)
+
+
+def _keeps_tokens(option: Option) -> bool:
+    """Whether it keeps of shorter prompts no fewer tokens, as the plans that were fitted did."""
+    return option.budget.share is None or option.budget.floor > 0
 
 
 def _times(
@@ -161,11 +243,11 @@ def _times(
     """As ``kvtune validate`` would time the plan; neither times nor a reason away from GPUs."""
     request, source = found.request, found.source
     loaded, trace = source.loaded, source.trace
-    if loaded is None or trace is None or not loaded.device.startswith("cuda"):
+    if loaded is None or trace is None or not _has_gpu(found):
         return None, None
-    from kvtune.tuner.timing import Served, present_gpu, times_or_reason
+    from kvtune.tuner.timing import Served, times_or_reason
 
-    if present_gpu() != request.gpu:
+    if not _is_for_this_gpu(found):
         return None, f"the GPU of this machine is no {request.gpu.name}, which the plan is for"
     progress.note("running the plan within its limit, and timing it beside the uncompressed cache")
     budget = found.budgets[chosen.place]

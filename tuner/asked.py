@@ -126,10 +126,12 @@ def given(tables: Tables) -> dict[str, Any]:
 
 
 def _study_key(request: SearchRequest, source: QualitySource) -> str:
-    """A journal belongs to one question; another limit or model begins another."""
-    asked = asdict(
-        replace(request, run_dir=Path(), trials=0, engine=None, shape=None, gpu=None)  # type: ignore[arg-type]
-    )
+    """A journal belongs to one question; another limit or model begins another.
+
+    Prompt lengths that only the chosen plan runs at, once it is chosen, begin none.
+    """
+    question = replace(request, run_dir=Path(), trials=0, engine=None, lengths=None)
+    asked = asdict(replace(question, shape=None, gpu=None))  # type: ignore[arg-type]
     names = [
         request.shape.name,
         request.gpu.slug,

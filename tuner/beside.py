@@ -7,7 +7,6 @@ what they find where this process looks for it first. Whatever fails is done by 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -17,9 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvtune.common.helpers import Helpers, is_helper
 from kvtune.common.kept import Kept
+from kvtune.common.processors import processors
 from kvtune.common.progress import Progress, Silent
 from kvtune.policies.policy import Policy
-from kvtune.profiles.gpus import smallest_card_bytes
+from kvtune.profiles.gpus import smallest_free_bytes
 from kvtune.tuner.request import SearchRequest
 
 if TYPE_CHECKING:
@@ -38,9 +38,12 @@ MOST = 4
 PROCESSORS_EACH = 3
 """Of this machine: Python takes one, reading and writing traces the others."""
 SHARE_OF_CARD = 0.25
-"""Of the card's memory, what all helpers may take."""
+"""Of the card's free memory, what all helpers may take."""
 TAKES_BYTES = 4 * 2**30
 """What a helper takes beside weights: its context, and one sample's activations."""
+
+LONGEST_S = 1800.0
+"""For one sample or for loading the model, which take seconds: a helper that takes longer hangs."""
 
 T = TypeVar("T")
 
@@ -52,10 +55,12 @@ class Beside:
     Args:
         executor: of the helpers; None once they have ended.
         compiling: kernels; None where none are.
+        compiles: whether kernels may still be begun; not once that has failed.
     """
 
     executor: Executor | None
     compiling: Compiling | None = None
+    compiles: bool = True
 
     def tried(self, do: Callable[[Executor], T], progress: Progress) -> T | None:
         """What is done with the helpers; None where they have failed or ended."""
@@ -70,20 +75,24 @@ class Beside:
 
     def compiles_for(self, device: str) -> bool:
         """Whether a plan is timed on such a device, by kernels that are compiled."""
-        return device.startswith("cuda")
+        return self.compiles and device.startswith("cuda")
 
-    def compile(self, policies: Sequence[Policy], loaded: LoadedModel) -> None:
+    def compile(self, policies: Sequence[Policy], loaded: LoadedModel, progress: Progress) -> None:
         """Begin to compile the kernels of policies that were not begun before."""
-        from kvtune.runtime.compiled_ahead import Compiling
+        try:
+            from kvtune.runtime.compiled_ahead import Compiling
 
-        self.compiling = self.compiling or Compiling()
-        self.compiling.begin(policies, loaded.geometry, loaded.model)
+            self.compiling = self.compiling or Compiling()
+            self.compiling.begin(policies, loaded.geometry, loaded.model)
+        except Exception as error:  # whoever launches a kernel compiles it
+            progress.note(f"kernels are not compiled ahead: {error}")
+            self.compiles = False
 
-    def finish(self) -> None:
+    def finish(self, progress: Progress) -> None:
         """Wait for the kernels and end all processes, so that the GPU is this process's own."""
         self.end_helpers()
         if self.compiling is not None:
-            self.compiling.wait()
+            self.compiling.wait(progress)
 
     def used_on(self, device: str) -> Beside:
         """Itself, its processes ended where the model came to run on a device that needs none."""
@@ -105,31 +114,47 @@ class Beside:
 
 
 @contextmanager
-def helpers_of(request: SearchRequest) -> Iterator[Beside]:
-    """Begin helpers where the request's model runs on a GPU, and there is room for several."""
+def helpers_of(request: SearchRequest, progress: Progress) -> Iterator[Beside]:
+    """Begin helpers where the request's model runs on a GPU, and there is room for several.
+
+    Args:
+        request: what is searched for; its menu may still be ``"auto"``, which makes no difference.
+        progress: told why there are none, where they could not be begun.
+    """
     count = 0 if request.engine or is_helper() or not request.has_weights else _count(request)
-    beside = Beside(Helpers(count) if count else None)
+    beside = Beside(_begun(count, request, progress) if count else None)
     try:
-        if beside.executor is not None:
-            for _ in range(count):  # one each: all are idle
-                beside.executor.submit(prepare, request.model, request.device)
         yield beside
     finally:
         beside.end()
+
+
+def _begun(count: int, request: SearchRequest, progress: Progress) -> Executor | None:
+    try:
+        helpers = Helpers(count, LONGEST_S)
+    except OSError as error:
+        progress.note(f"no helper processes could be begun, this one goes on alone: {error}")
+        return None
+    for _ in range(count):  # one each: all are idle
+        helpers.submit(prepare, request.model, request.device)
+    return helpers
 
 
 def _count(request: SearchRequest) -> int:
     """How many, before torch is imported, which helpers do at the same time."""
     if request.device is not None and not request.device.startswith("cuda"):
         return 0
-    card = smallest_card_bytes()
-    return 0 if card is None else count_for(os.cpu_count() or 1, card, 2 * request.shape.parameters)
+    free = smallest_free_bytes()
+    return 0 if free is None else count_for(processors(), free, 2 * request.shape.parameters)
 
 
-def count_for(processors: int, card_bytes: int, weight_bytes: int) -> int:
-    """Helpers for a machine, a card and a model; none where it would be one alone."""
-    fitting = int(SHARE_OF_CARD * card_bytes / (weight_bytes + TAKES_BYTES))
-    count = min(MOST, processors // PROCESSORS_EACH, fitting)
+def count_for(cores: int, free_bytes: int, weight_bytes: int) -> int:
+    """Helpers for a machine's processors, a card's free memory and a model; none rather than one.
+
+    One alone would do what this process waits for.
+    """
+    fitting = int(SHARE_OF_CARD * free_bytes / (weight_bytes + TAKES_BYTES))
+    count = min(MOST, cores // PROCESSORS_EACH, fitting)
     return count if count > 1 else 0
 
 
@@ -213,6 +238,7 @@ def ran_live(
     samples: Sequence[Sample],
     *,
     stored_alike: bool = False,
+    rounding: bool = False,
     progress: Progress,
     **known: Any,
 ) -> list[Validation]:
@@ -223,6 +249,7 @@ def ran_live(
         policies: for its shape.
         samples: of its trace.
         stored_alike: of ``validate_policies``.
+        rounding: likewise.
         progress: told of every sample.
         known: further arguments of ``validate_policies``, which change no result.
     """
@@ -236,7 +263,8 @@ def ran_live(
 
         def share(executor: Executor) -> bool:
             model = loaded.name, loaded.device, loaded.dtype
-            what = *model, trace.root, trace.checked, policies, stored_alike, source.kept
+            given = trace.root, trace.checked, policies, stored_alike, rounding, source.kept
+            what = *model, *given
             parts = [executor.submit(live_part, sample.id, *what) for sample in samples]
             for part in progress.track(parts, "running live", len(parts)):
                 part.result()
@@ -250,6 +278,7 @@ def ran_live(
         samples,
         lambda sample: traced_prompt(trace, trace.sample(sample.id), loaded.device, probes=False),
         stored_alike=stored_alike,
+        rounding=rounding,
         progress=progress,
         kept=source.kept,
         **known,
@@ -265,6 +294,7 @@ def live_part(
     checked: frozenset[str],
     policies: Sequence[Policy],
     stored_alike: bool,
+    rounding: bool,
     kept: Kept,
 ) -> None:
     """Run policies live on one sample, by a helper; what they lose is left in ``kept``."""
@@ -278,5 +308,5 @@ def live_part(
     validate_policies(
         policies, loaded, [record],
         lambda _: traced_prompt(trace, record, loaded.device, probes=False),
-        stored_alike=stored_alike, kept=kept,
+        stored_alike=stored_alike, rounding=rounding, kept=kept,
     )  # fmt: skip

@@ -43,6 +43,7 @@ class Config:
     moved_bytes: Count | None = None
     heads: Name | None = None
     texts: list[Name] | None = None
+    lengths: list[Count] | None = None
     stand_in: bool | None = None
 
 

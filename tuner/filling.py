@@ -75,8 +75,8 @@ class Filling:
         def alone(tokens: int) -> Policy:
             """For one head; all of them have as much before budgets are divided."""
             if tokens < context:
-                budget = Budget(share=tokens / context).with_floor(shortest)
-                option = Option(method, budget, form, form)
+                option = Option(method, Budget(share=tokens / context), form, form)
+                option = option.with_floor(shortest)
                 return Policy.uniform(option, 1, 1, allocator=allocator)
             return Policy.uniform(Option(Full(), ALL, form, form), 1, 1, allocator=AsGiven())
 

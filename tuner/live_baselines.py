@@ -94,7 +94,7 @@ def live_baselines(
           if rule is None or row.baseline.family != rule.family),
     ]  # fmt: skip
     policies = [row.policy for row in rows if row.policy is not None]
-    found = ran_live(source, policies, samples, progress=progress)
+    found = ran_live(source, policies, samples, rounding=True, progress=progress)
     kinds = [sample.kind for sample in samples]
     measured = [
         _measured(row, live, None if live is found[0] else times_as_much(live, found[0], kinds))
@@ -119,7 +119,9 @@ def live_on_stack(
     assert loaded is not None  # noqa: S101
     assert plan.policy is not None  # noqa: S101 - plans always have one
     samples = trace.of_split("evaluate")
-    (found,) = ran_live(source, [plan.policy], samples, stored_alike=True, progress=progress)
+    (found,) = ran_live(
+        source, [plan.policy], samples, stored_alike=True, rounding=True, progress=progress
+    )
     there = replace(
         plan.baseline,
         predicted=source.loss_of(chosen.choice),

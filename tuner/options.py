@@ -148,14 +148,16 @@ counted, that lose less than all others of so many."""
 FEW = replace(
     LAPTOP,
     more=(
-        Menu((AttentionMatching(select="h2o"),), SMALL_SHARES[:4], LAPTOP.formats),
-        Menu((), SMALL_SHARES[2:], (), WEIGHTED, (WeightedKeys("h2o"),)),
+        Menu((AttentionMatching(select="h2o"),), SMALL_SHARES[:4], LAPTOP.formats[:3]),
+        Menu((), SMALL_SHARES[4:], (), WEIGHTED[:1], (WeightedKeys("h2o"),)),
     ),
 )
-"""102 options: the laptop's, fitted values at small shares, and bits by channel at larger ones.
+"""91 options: the laptop's, fitted values at small shares, and bits by channel at larger ones.
 
-Of what was tried, these lower the laptop's predicted losses most for what they cost: 105 processor
-seconds more in a search of SmolLM2 (``benchmarks/results/menu-times-cpu.json``)."""
+Of what was tried, these lower the laptop's predicted losses most for what they cost
+(``benchmarks/results/menu-times-few-cpu.json``). Eleven more, fitted values in two bits and bits by
+channel at small shares or of 2.3 bits, lowered no held-out loss
+(``benchmarks/results/few-options-cpu.json``)."""
 
 READERS: tuple[Method, ...] = (Quest(block=64), Landmark(block=64))
 """Beside the three, where a search limits what is read; their blocks are the runtime's pages."""

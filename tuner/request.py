@@ -33,8 +33,8 @@ class SearchRequest:
         seed: of everything drawn.
         stand_in: use the packaged tables even where weights are at hand.
         device: for capture and live runs, "cpu" or "cuda"; None picks CUDA if there is one.
-        workload: "small" (nine samples of 1024 tokens, sized for a laptop), "mixed" (21 of them, of
-            seven kinds) or "full" (2048 tokens).
+        workload: "small" (nine samples of 1024 tokens, sized for a laptop), "mixed" (27 of them, of
+            nine kinds) or "full" (2048 tokens).
         menu: methods that a head may be given: "three" (snapkv, h2o, streaming_llm), "few" (fitted
             values and bits by channel beside them), "all", of which the best seven are replayed in
             full, or "auto", as many as the device tries without long waits.

@@ -196,7 +196,7 @@ class Figures:
         on_stack: the plan as the stack runs it that ``quality`` is of, where that is another than
             kvtune's own runtime, in which ``baselines`` ran; or None.
         other_lengths: the plan's loss on prompts of other lengths, shortest first: of those that
-            it was run at, and of its context.
+            it was run at, and of its context where plans have been run at such lengths.
     """
 
     front: tuple[FrontPoint, ...]

@@ -47,14 +47,13 @@ def run_search(request: SearchRequest, progress: Progress | None = None) -> Sear
     """
     progress = progress or Silent()
     check_request(request)
-    request, reason = with_menu(request)
-    with locked(request.run_dir):
+    with locked(request.run_dir), helpers_of(request, progress) as beside:
+        request, reason = with_menu(request)  # which may import torch, as helpers do meanwhile
         if (found := _finished(request, progress)) is not None:
             return found
         if reason:
             progress.note(reason)
-        with helpers_of(request) as beside:
-            return _search(request, progress, beside)
+        return _search(request, progress, beside)
 
 
 def _finished(request: SearchRequest, progress: Progress) -> SearchResult | None:
@@ -184,7 +183,8 @@ def _with_rule(found: Found, progress: Progress) -> Found:
         return found
     points = cross_fitted_front(source, recalibrated(found, source.calibration).expected)
     beside = pick(points, request.largest_kl)
-    begin_compiling(found, beside)  # most searches come to this plan or to one much like it
+    # Most searches come to this plan or to one much like it.
+    begin_compiling(found, beside, progress)
     rule = best_rule(found, beside, progress)
     if rule is None:
         return found

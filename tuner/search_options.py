@@ -24,6 +24,7 @@ from kvtune.tuner.target import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from kvtune.profiles.models import ModelShape
     from kvtune.tuner.samplers import Sampler
 
 N = TypeVar("N", int, float, "int | None")
@@ -65,7 +66,7 @@ class SearchOptions(TypedDict, total=False):
             others, where the model's weights are at hand.
         moved_bytes: that a decode step may bring over from the host of each sequence's prompt; with
             it heads may lie there.
-        lengths: prompt tokens that the chosen plan is also run at: ``"2k,8k"``; left out, the
+        lengths: prompt tokens that the chosen plan is also run at: ``"2k,4k"``; left out, the
             context on a GPU, none on a CPU.
         texts: your own .txt or .jsonl files, instead of the built-in ones.
         stand_in: uses the packaged tables even where weights are at hand.
@@ -157,12 +158,22 @@ def search_request(
         moved_bytes=None if moved is None else parse_bytes(moved),
         heads=None if heads is None else Path(heads),
         texts=read_texts(options.get("texts", ())),
-        lengths=read_lengths(options.get("lengths"), target.shape),
+        lengths=_lengths(options, target.shape),
     )
     from kvtune.tuner.checks import check_request
 
     check_request(request)
     return request
+
+
+def _lengths(options: SearchOptions, shape: ModelShape) -> tuple[int, ...] | None:
+    """Prompt lengths to run the plan at, no longer than the workload's samples can be."""
+    if options.get("lengths") is None:
+        return None
+    from kvtune.traces.workloads import named_workload
+
+    observed = named_workload(options.get("workload", "small"), 0).observed
+    return read_lengths(options["lengths"], shape, observed)
 
 
 def _check_together(options: SearchOptions) -> None:

@@ -153,15 +153,37 @@ def read_context(amount: Amount, shape: ModelShape) -> int:
     return tokens
 
 
-def read_lengths(listed: str | None, shape: ModelShape) -> tuple[int, ...] | None:
-    """Prompt lengths from ``2k,8k``, each once, no longer than the model takes; None of none.
+def longest_prompt(shape: ModelShape, observed_tokens: int) -> int:
+    """Prompt tokens that the model takes with so many observed ones behind them."""
+    return shape.max_context - observed_tokens
+
+
+def read_lengths(
+    listed: str | None, shape: ModelShape, observed_tokens: int
+) -> tuple[int, ...] | None:
+    """Prompt lengths from ``2k,8k``, each once; None of none.
+
+    Args:
+        listed: as typed.
+        shape: of the model that runs.
+        observed_tokens: of a sample, behind its prompt.
 
     Raises:
-        KvtuneError: one is no number of tokens, or too long.
+        KvtuneError: one is no number of tokens, none at all, or too long for the model.
     """
     if listed is None:
         return None
-    return tuple(dict.fromkeys(read_context(each.strip(), shape) for each in listed.split(",")))
+    lengths = tuple(dict.fromkeys(parse_tokens(each.strip()) for each in listed.split(",")))
+    most = longest_prompt(shape, observed_tokens)
+    for tokens in lengths:
+        if tokens > most:
+            raise KvtuneError(
+                f"--lengths {format_tokens(tokens)}: {shape.name} takes "
+                f"{format_tokens(shape.max_context)}, of which {observed_tokens} are observed "
+                "behind each prompt",
+                hint=f"--lengths {most} is the most.",
+            )
+    return lengths
 
 
 def usual_context(shape: ModelShape, generated_tokens: int) -> int:

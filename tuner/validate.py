@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvtune.common.estimate import Estimate
@@ -14,9 +15,10 @@ from kvtune.common.kept import NOTHING_KEPT, Kept
 from kvtune.common.progress import Progress, Silent
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Needs
-from kvtune.runtime.live import LiveRun, full_cache, run_beside_full, run_live
+from kvtune.runtime.live import LiveRun, full_cache, full_policy, run_beside_full, run_live
 from kvtune.runtime.live_stored import run_stored
 from kvtune.runtime.prompts import Prompt, at_once, fresh_prompt
+from kvtune.runtime.rounding import kl_of_rounding, rounds_visibly
 from kvtune.traces.models import LoadedModel
 from kvtune.traces.samples import Sample
 from kvtune.tuner.quality import estimate, estimate_by_kind
@@ -52,6 +54,8 @@ class Validation:
         right_by_kind: answers right, of each kind of text alone that asks for some.
         losses: KL of every sample, nats/token, in the samples' order.
         counters: proof that the policy fired.
+        rounding: KL of the uncompressed cache from itself where only rounding differs, nats/token,
+            the mean over samples; None where it was not measured, as in float32.
     """
 
     live: Estimate
@@ -64,6 +68,7 @@ class Validation:
     right_by_kind: dict[str, Right] = field(default_factory=dict)
     losses: tuple[float, ...] = ()
     counters: dict[str, int] = field(default_factory=dict)
+    rounding: float | None = None
 
 
 def validate_policy(
@@ -72,6 +77,7 @@ def validate_policy(
     samples: Sequence[Sample],
     *,
     stored_alike: bool = False,
+    rounding: bool = False,
     progress: Progress | None = None,
 ) -> Validation:
     """Run one policy live: prompt, compression, observed tokens, all now."""
@@ -81,8 +87,9 @@ def validate_policy(
         return fresh_prompt(loaded, sample, needs)
 
     return validate_policies(
-        [policy], loaded, samples, fresh, stored_alike=stored_alike, progress=progress
-    )[0]
+        [policy], loaded, samples, fresh,
+        stored_alike=stored_alike, rounding=rounding, progress=progress,
+    )[0]  # fmt: skip
 
 
 def validate_policies(
@@ -92,6 +99,7 @@ def validate_policies(
     prompt_of: Callable[[Sample], Prompt],
     *,
     stored_alike: bool = False,
+    rounding: bool = False,
     progress: Progress | None = None,
     kept: Kept = NOTHING_KEPT,
     uncompressed: dict[str, Tensor] | None = None,
@@ -105,6 +113,8 @@ def validate_policies(
         prompt_of: gives a sample's prompt, from a trace or run afresh; asked once a sample.
         stored_alike: as a stack runs it that reads prompts through what it stores of them, and
             stores answers likewise; else prompts are read whole, and answers stay in 16 bits.
+        rounding: where the model does not run in float32, also measure what rounding alone makes
+            of such losses: one more pass a sample, none of samples whose runs were all kept.
         progress: told of every sample and batch of policies.
         kept: runs that were done before, of this model on these samples; new ones are put there.
         uncompressed: log-probabilities under the full cache by sample, for whoever runs the same
@@ -112,6 +122,7 @@ def validate_policies(
     """
     way = "stored alike" if stored_alike else "live"
     each = [_Runs(sample, policies, kept, way) for sample in samples]
+    rounding = rounding and rounds_visibly(loaded)
     known = {} if uncompressed is None else uncompressed
     together = _TOGETHER if loaded.device == "cpu" else _TOGETHER_ON_A_GPU
     steps = [(runs, some) for runs in each for some in runs.waiting(together)]
@@ -119,10 +130,18 @@ def validate_policies(
         if runs.prompt is None:
             runs.prompt = _asked_again(prompt_of(runs.sample), loaded)
         given = [policies[row] for row in some]
-        runs.take(some, _run(loaded, runs, given, stored_alike, known))
+        found = _run(loaded, runs, given, stored_alike, known)
+        if rounding and runs.rounding is None:  # before the runs are kept, so that it always is
+            full = known[runs.sample.id]
+            runs.keep_rounding(_of_rounding(loaded, runs, stored_alike, full))
+        runs.take(some, found)
         if uncompressed is None and runs.prompt is None:
             del known[runs.sample.id]
-    return [summarise([runs.done[row] for runs in each], samples) for row in range(len(policies))]
+    floor = _mean_rounding(each) if rounding else None
+    return [
+        replace(summarise([runs.done[row] for runs in each], samples), rounding=floor)
+        for row in range(len(policies))
+    ]
 
 
 def _run(
@@ -146,6 +165,25 @@ def _run(
     return found
 
 
+def _of_rounding(
+    loaded: LoadedModel, runs: _Runs, stored_alike: bool, full: Tensor
+) -> NDArray[np.float32]:
+    """KL of the uncompressed cache from itself on one sample, a mean for each way to run it."""
+    sample, prompt = runs.sample, runs.prompt
+    if prompt is None:
+        raise ValueError("rounding is measured between a sample's first run and its last")
+    if stored_alike:
+        (again,) = run_stored(loaded, sample, [full_policy(loaded)], full)
+        return np.array([again.kl.mean()])
+    return np.array(kl_of_rounding(loaded, sample, prompt, full).mean(1).tolist(), np.float32)
+
+
+def _mean_rounding(each: Sequence[_Runs]) -> float | None:
+    """The mean over samples of the way that rounds more; the other may be what ran before."""
+    known = [runs.rounding for runs in each if runs.rounding is not None]
+    return float(np.mean(known, axis=0).max()) if known else None
+
+
 def _asked_again(prompt: Prompt, loaded: LoadedModel) -> Prompt:
     """A prompt whose layers are read once, and what policies look at computed once.
 
@@ -167,6 +205,8 @@ class _Runs:
         way: how they run, which runs are kept by.
         done: finished runs by the policy's number.
         prompt: of the sample, from its first run to its last.
+        rounding: KL of the uncompressed cache from itself, a mean for each way to run it,
+            nats/token; None where it is not known.
     """
 
     sample: Sample
@@ -175,9 +215,12 @@ class _Runs:
     way: str
     done: dict[int, LiveRun] = field(default_factory=dict)
     prompt: Prompt | None = None
+    rounding: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         """Look up what was kept."""
+        if (arrays := self.kept.get(*self._rounding_key)) is not None:
+            self.rounding = arrays["kl"]
         for row, policy in enumerate(self.policies):
             if (arrays := self.kept.get(*self._key(policy))) is not None:
                 self.done[row] = LiveRun.of_arrays(arrays)
@@ -194,6 +237,15 @@ class _Runs:
             self.done[row] = run
         if len(self.done) == len(self.policies):
             self.prompt = None
+
+    def keep_rounding(self, kl: NDArray[np.float32]) -> None:
+        """Keep what rounding alone makes of the sample's losses."""
+        self.kept.put({"kl": kl}, *self._rounding_key)
+        self.rounding = kl
+
+    @property
+    def _rounding_key(self) -> tuple[object, ...]:
+        return "rounding", self.way, self.sample.id
 
     def _key(self, policy: Policy) -> tuple[object, ...]:
         return self.way, self.sample.id, replace(policy, name="")

@@ -3,16 +3,16 @@
 On a GPU all methods are tried, which takes it minutes. On a CPU a wider menu is taken where it adds
 no more than a minute to a search, or than half of what the search takes without it. What it adds is
 estimated from the model's shape and the samples, by processor seconds that were measured on SmolLM2
-(``benchmarks/menu_times.py``); nothing is timed here, so that the same command asks the same
-question again.
+(``search_stages.py`` and ``menu_times.py`` of ``benchmarks``); nothing is timed here, so that the
+same command asks the same question again.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from kvtune.common.processors import processors
 from kvtune.traces.workloads import named_workload
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.sources import menu_of
@@ -24,11 +24,17 @@ ADDED_S, ADDED_SHARE = 60.0, 0.5
 """What a wider menu may add on a CPU: so many seconds, or so much of what the search takes."""
 
 _MOST_CORES = 4  # how much more of them shorten a search was not measured
-_REPLAY_S = {"three": 0.12, "few": 0.51, "all": 4.4}  # a layer of a sample: menu-times-cpu.json
-_PASSES_S = (335 - 0.12 * 270) / (134.5e6 * 9 * 1024)
-"""A parameter and token, all runs of the model together: what ``search-stages-cpu.json`` has beside
-270 replays."""
-_SIGNALS_S = {"three": 1.0, "few": 1.0, "all": 1.3}  # times the passes: menu-times-cpu.json
+_REPLAYS = 9 * 30  # samples and layers of the small workload on SmolLM2
+_REPLAY_S = {"three": 37.9 / _REPLAYS, "few": 106.6 / _REPLAYS, "all": 4.4}
+"""Processor seconds of a layer of a sample: "replaying options" of
+``search-stages-merged-three-cpu.json`` and ``-few-cpu.json``, one machine; ``menu-times-cpu.json``
+for all methods, which ran beside more work."""
+_PASSES_S = 115.8 / (134.5e6 * 9 * 1024)
+"""A parameter and token, all runs of the model together: processor seconds beside replaying options
+in ``search-stages-merged-three-cpu.json``."""
+_SIGNALS_S = {"three": 1.0, "few": 1.0, "all": (115.8 + 9 * 10.2) / 115.8}
+"""Times the passes: a sample takes 10.2 s more to record what all methods read
+(``menu-times-cpu.json``)."""
 _TRYING_S = 79.0  # all methods on a few layers: screening-cpu.json
 _REPLAYED = 9 * 128 * 896  # query heads, observed and prompt tokens of what was measured
 _TRIED_LAYERS = 30
@@ -74,7 +80,7 @@ def with_menu(request: SearchRequest, cores: int | None = None) -> tuple[SearchR
         return three, ""
     if _device(request).startswith("cuda") and "all" in wider:
         return wider["all"], _said_on_gpu(request)
-    seconds = seconds_of(request, cores or _cores())
+    seconds = seconds_of(request, cores or processors())
     chosen = next((name for name in wider if seconds.allows(name)), None)
     found = wider[chosen] if chosen else three
     return found, _said_on_cpu(found, seconds)
@@ -107,13 +113,6 @@ def _device(request: SearchRequest) -> str:
     from kvtune.traces.models import best_device
 
     return request.device or best_device()
-
-
-def _cores() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS and Windows
-        return os.cpu_count() or 1
 
 
 def _methods(request: SearchRequest) -> int:

@@ -234,18 +234,19 @@ def _quantised(z: Tensor, real: Tensor, bits: int) -> Quantised:
     best = torch.tensor([step for step, _ in EVEN], device=z.device)[widths]
     steps, tokens = (variances.sqrt() * best).half(), _first_tokens(z, variances, widths)
     for _ in range(_FITS):
-        levels = _levels(_codes(z / scale_of(tokens), steps, widths), widths)
+        levels = _nearest(z / scale_of(tokens), steps, widths).sub_(_middle(widths))
         tokens = _logarithms(_share(z, levels * steps.float(), -1))
-        scaled = (levels * scale_of(tokens)).where(real, 0)
+        scaled = levels.mul_(scale_of(tokens) * real)
         steps = _share(z, scaled, -2).clamp_min(0).half()
-    return Quantised(_codes(z / scale_of(tokens), steps, widths), steps, widths, tokens)
+    return Quantised(_nearest(z / scale_of(tokens), steps, widths).long(), steps, widths, tokens)
 
 
-def _codes(z: Tensor, steps: Tensor, widths: Tensor) -> Tensor:
-    """The nearest codes of what is in units of its token's scale."""
-    most = (1 << widths) - 1.0
-    unit = z / steps.float().where(steps > 0, 1.0) + most / 2
-    return unit.round().clamp_min(0).minimum(most).long()
+def _nearest(unit: Tensor, steps: Tensor, widths: Tensor) -> Tensor:
+    """The nearest codes, in float32, of what is in units of its token's scale and overwritten."""
+    import torch
+
+    unit.div_(steps.float().where(steps > 0, 1.0)).add_(_middle(widths))
+    return unit.round_().clamp_(torch.zeros((), device=unit.device), (1 << widths) - 1.0)
 
 
 def _share(z: Tensor, levels: Tensor, dim: int) -> Tensor:
@@ -292,4 +293,10 @@ def _widths(variances: Tensor, bits: int) -> Tensor:
 
 def _levels(codes: Tensor, widths: Tensor) -> Tensor:
     """What codes stand for, in steps; nothing where a direction has no bits."""
-    return codes - ((1 << widths) - 1) / 2
+    return codes - _middle(widths)
+
+
+def _middle(widths: Tensor) -> Tensor:
+    """The code, or the half between two, that stands for nothing."""
+    middle: Tensor = ((1 << widths) - 1) / 2
+    return middle

@@ -52,6 +52,7 @@ class AttentionMatching(Method):
 
     name = "attention_matching"
     source = "Zweiger et al., arXiv 2602.16284"
+    stores_whole_prompts_alike = False  # part of one has log-weights beside it
 
     select: Literal["pursuit", "expected_attention", "h2o", "kvzip", "snapkv"] = parameter(
         "pursuit", "what chooses tokens: matching pursuit, or a method that scores them"
@@ -93,10 +94,8 @@ class AttentionMatching(Method):
         kept = self.keep(signals, budget)
         if not 0 < budget < signals.prompt_tokens:
             return [Part(kept)]
-        attention = self._attention(signals)
-        columns = attention.gather(2, kept[:, None].expand(-1, attention.shape[1], -1)).double()
         keys, own = of_tokens(signals.keys, kept), of_tokens(signals.values, kept)
-        outputs = attention @ signals.values.float()
+        outputs, columns = self._outputs(signals), self._columns(signals, keys)
         if self.fit == "together":
             weights, values = fitted_together(columns, outputs, own)
         else:
@@ -109,15 +108,40 @@ class AttentionMatching(Method):
         is_fitted = 0 < budget < prompt_tokens
         return (PartPlan(min(budget, prompt_tokens), weighted=is_fitted),)
 
+    def _references(self, signals: Signals) -> Tensor:
+        """Reference queries in units of the logits, ``[H, R, D]`` float32."""
+        if self.queries == "prompt":
+            queries = signals.later_queries()
+        else:
+            queries = signals.reference_queries(_RECORDED[self.queries])
+        return queries.flatten(1, 2) * signals.scale
+
+    def _whole(self, signals: Signals) -> tuple[Tensor, Tensor]:
+        """What reference queries read of the whole prompt, ``[H, R, D]``, and their log-sum-exp,
+        ``[H, R]``; no attention is written."""
+        from kvtune.policies.attention import attend
+
+        def compute() -> tuple[Tensor, Tensor]:
+            queries = self._references(signals)[:, None]
+            keys, values = signals.keys.float()[:, None], signals.values.float()[:, None]
+            output, log_sum = attend(queries, keys, values, None, 1.0)
+            return output[:, 0], log_sum[:, 0]
+
+        return signals.once(f"outputs of {self.queries} queries", compute)
+
+    def _outputs(self, signals: Signals) -> Tensor:
+        return self._whole(signals)[0]
+
+    def _columns(self, signals: Signals, keys: Tensor) -> Tensor:
+        """What reference queries pay to these tokens of the prompt, ``[H, R, n]`` float64."""
+        logits = self._references(signals) @ keys.float().mT
+        return (logits - self._whole(signals)[1][..., None]).exp().double()
+
     def _attention(self, signals: Signals) -> Tensor:
         """What reference queries pay to the prompt, ``[H, R, P]`` float32."""
 
         def compute() -> Tensor:
-            if self.queries == "prompt":
-                queries = signals.later_queries()
-            else:
-                queries = signals.reference_queries(_RECORDED[self.queries])
-            logits = queries.flatten(1, 2) @ signals.keys.float().transpose(1, 2) * signals.scale
+            logits = self._references(signals) @ signals.keys.float().mT
             return logits.softmax(-1)
 
         return signals.once(f"attention of {self.queries} queries", compute)

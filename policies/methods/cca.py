@@ -36,6 +36,7 @@ class CCA(Method):
 
     name = "cca"
     source = "a surrogate of Chen et al., ICML 2025, arXiv 2412.12465"
+    stores_whole_prompts_alike = False  # part of one is pooled, in 16 bits
 
     recent_share: float = parameter(
         0.5, "share of the budget that goes to the newest tokens", low=0, high=1

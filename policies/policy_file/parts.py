@@ -13,7 +13,11 @@ from kvtune.policies.allocators.as_given import AsGiven
 from kvtune.policies.option import Option
 from kvtune.policies.policy import Policy, label_of
 
-VERSION = 1
+VERSION = 2
+"""The newest that is read. A file has it where a budget has a floor, which version 1 did not know:
+an older kvtune then says that it must be updated, not that the budget is wrong."""
+WITHOUT_FLOORS = 1
+"""Of all other files, which every kvtune reads."""
 _ROOTED = re.compile(r"^(/|~|[A-Za-z]:[\\/]|\\\\)")
 
 

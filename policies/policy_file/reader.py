@@ -18,6 +18,7 @@ from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.checker import Checker, PolicyFileError
 from kvtune.policies.policy_file.parts import (
     VERSION,
+    WITHOUT_FLOORS,
     ModelFacts,
     Pattern,
     PolicyDocument,
@@ -28,7 +29,7 @@ from kvtune.policies.policy_file.provenance import read_provenance
 
 T = TypeVar("T")
 _LARGEST_SHAPE = 4096  # layers, or KV heads: bounds what aliases can stand for
-_PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?%(?: but at least ([0-9]{1,9}) tokens)?")
+_PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?%(?: but at least ([1-9][0-9]{0,8}) tokens)?")
 _KEYS = (
     "kvtune_policy", "name", "model", "provenance", "serving",
     "options", "allocator", "policy", "layers", "heads",
@@ -81,7 +82,7 @@ class _Reader:
     def __init__(self, check: Checker, root: Node) -> None:
         self.check = check
         self.root = root
-        first = f"a policy file says its version: kvtune_policy: {VERSION}"
+        first = f"a policy file says its version: kvtune_policy: {WITHOUT_FLOORS}"
         self.entries = check.mapping(root, _KEYS, ["kvtune_policy"], first)
         self.options: dict[str, Option | None] = {}
 

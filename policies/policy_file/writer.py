@@ -9,7 +9,13 @@ from typing import Any
 
 from kvtune.common.yaml_tree import flow
 from kvtune.policies.option import Budget, Option
-from kvtune.policies.policy_file.parts import VERSION, Pattern, PolicyDocument, Provenance
+from kvtune.policies.policy_file.parts import (
+    VERSION,
+    WITHOUT_FLOORS,
+    Pattern,
+    PolicyDocument,
+    Provenance,
+)
 
 HEADER = """\
 # A KV-cache policy for kvtune: which prompt tokens each KV head keeps, and how they are stored.
@@ -35,7 +41,8 @@ def write_policy(document: PolicyDocument) -> str:
 def as_plain(document: PolicyDocument) -> dict[str, Any]:
     """The document as dicts, lists and scalars: what the YAML holds, for JSON."""
     names = _option_names(document)
-    plain: dict[str, Any] = {"kvtune_policy": VERSION}
+    floors = any(option.budget.floor for option in names)
+    plain: dict[str, Any] = {"kvtune_policy": VERSION if floors else WITHOUT_FLOORS}
     if document.policy.name:
         plain["name"] = document.policy.name
     for key in ("model", "serving"):

@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvtune.policies import ragged
+from kvtune.policies.formats.bf16 import Bf16
+from kvtune.policies.formats.grouped import Int4
 from kvtune.policies.method import Method, ScoredMethod
 from kvtune.policies.option import Option
+from kvtune.policies.paging import Growth, head_bytes
 from kvtune.policies.parts import VIRTUAL, entries_of
 from kvtune.policies.reader import Held
 from kvtune.policies.testing.cases import (
@@ -252,12 +255,16 @@ def work_is_declared(method: Method, case: Case) -> None:
 
 def shorter_prompts_take_no_more_bytes(method: Method, case: Case) -> None:
     """With as many tokens, or all of its own: budgets with a floor are reserved by this."""
-    option = Option(method)
-    held = [
-        option.footprint(min(case.budget, tokens), tokens, case.head_dim)
-        for tokens in range(1, case.prompt_tokens + 1)
-    ]
+    option, tokens = Option(method), range(1, case.prompt_tokens + 1)
+    held = [option.footprint(min(case.budget, n), n, case.head_dim) for n in tokens]
     assert held == sorted(held), "a shorter prompt with the same budget takes more bytes"
+    for form in (Bf16(), Int4(), Int4(exact_first=4)) if method.stores_whole_prompts_alike else ():
+        option = Option(method, keys=form, values=form)
+        paged = [head_bytes(option, min(case.budget, n), n, 64, Growth(1)) for n in tokens]
+        assert max(paged, default=0) <= (paged[-1] if paged else 0), (
+            f"a shorter prompt in {form.label} takes more bytes of pages: a method whose "
+            "stores_whole_prompts_alike is False gets no floor"
+        )
 
 
 MethodCheck = Callable[[Method, Case], None]

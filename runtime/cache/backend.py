@@ -1,6 +1,7 @@
-"""What is asked of whoever works on pages: kernels on a GPU, else plain torch.
+"""The interface that reads and writes pages of the KV cache, and the tables that it is called with.
 
-Both write the same pages and give the same answers: ``triton_backend.py``, ``plain_backend.py``.
+``triton_backend.py`` implements it by kernels on a GPU, ``plain_backend.py`` in plain torch; both
+write the same pages and return the same attention.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from kvtune.runtime.rotation import Rotation
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedTables:
     """Tables that are fitted to all of a head's tokens.
 
     Args:
@@ -51,7 +52,7 @@ class Writing:
     chosen: Tensor
     records: Tensor
     fp8_scales: Tensor
-    fitted: Fitted | None = None
+    fitted: FittedTables | None = None
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ class Moves:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What attention looked at: ``exp(logits - lse)`` are its weights.
+class AttentionSeen:
+    """Logits and log-sum-exp of one decode step: ``exp(logits - lse)`` are its attention weights.
 
     Args:
         lse: ``[rows, G]`` float32, natural log-sum-exp.
@@ -134,13 +135,19 @@ class Backend(Protocol):
     def append_rotated(
         self, layer: Paged, growing: Growing, rotation: Rotation, values: Tensor
     ) -> Tensor:
-        """The same of keys that are rotated first; the rotated queries, ``[B, Hq, 1, D]``."""
+        """Rotate queries and keys, append keys and values, and return the rotated queries,
+        ``[B, Hq, 1, D]``."""
 
     def move(self, layer: Paged, growing: Growing, moves: Moves) -> None:
         """Move tokens within growing segments; lengths are the caller's."""
 
     def attend(
-        self, q: Tensor, layer: Paged, scratch: Scratch, scale: float, seen: Seen | None = None
+        self,
+        q: Tensor,
+        layer: Paged,
+        scratch: Scratch,
+        scale: float,
+        seen: AttentionSeen | None = None,
     ) -> Tensor:
         """Output ``[rows, G, D]`` of ``q`` like it; fills in ``seen`` where it is given."""
 

@@ -73,7 +73,7 @@ def lay(pool: PageMemory, head_dim: int, tensors: Sequence[Stored]) -> Laid:
     """Put the buffers of some tensors into pages.
 
     Raises:
-        KvtuneError: the pool is full.
+        PoolFullError: the pool is full.
     """
     layout, device = EncodedPages(head_dim), pool.memory.device
     named = [

@@ -27,7 +27,7 @@ from kvtune.policies.placement import evicts_coded, pages_of
 from kvtune.policies.policy import Policy
 from kvtune.policies.room import Room, goes_on_evicting
 from kvtune.policies.signals import Signals
-from kvtune.runtime.cache.backend import Moves, Seen
+from kvtune.runtime.cache.backend import AttentionSeen, Moves
 from kvtune.runtime.cache.leaving import leave
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.segments import GROWN, Ints, Leaving
@@ -158,7 +158,7 @@ class Evictor:
         self.driver.enter(self.held, keys[self._rows], values[self._rows])
         self.held += 1
 
-    def observe(self, layer: PagedLayer, seen: Seen) -> None:
+    def observe(self, layer: PagedLayer, seen: AttentionSeen) -> None:
         """Pass on what the newest token attended to."""
         if self._seen_by is not layer.paged:  # tables were laid out anew
             self._seen_by, self._columns = layer.paged, self._columns_of(layer)

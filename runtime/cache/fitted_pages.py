@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvtune.runtime.cache.backend import Fitted, Writing
+from kvtune.runtime.cache.backend import FittedTables, Writing
 from kvtune.runtime.kernels.reference_signs import SignRows, write_sign_pages
 
 _CODED_AT_ONCE = 2**23
@@ -13,7 +13,7 @@ _CODED_AT_ONCE = 2**23
 bytes."""
 
 
-def write_fitted(pool: Tensor, writing: Writing, fitted: Fitted) -> None:
+def write_fitted(pool: Tensor, writing: Writing, fitted: FittedTables) -> None:
     """Pages of signs and their tables, some heads at a time; waits once for their lengths."""
     layout, chosen = writing.layout, writing.chosen.long()
     row, first, count, cell, segment = writing.records.long().unbind(1)

@@ -22,7 +22,7 @@ from kvtune.policies.attention import merge
 from kvtune.policies.page_formats import PAGE
 from kvtune.policies.pages import PageLayout
 from kvtune.policies.reader import BlockReader
-from kvtune.runtime.cache.backend import Backend, Fetching, Seen
+from kvtune.runtime.cache.backend import AttentionSeen, Backend, Fetching
 from kvtune.runtime.cache.host_pool import HostPool, Places
 from kvtune.runtime.cache.pool import PageMemory
 from kvtune.runtime.cache.segments import Ints
@@ -60,7 +60,7 @@ class Landing:
         """First cells of so many blocks of pages; the same ones for every layer that asks.
 
         Raises:
-            KvtuneError: the pool is full.
+            PoolFullError: the pool is full.
         """
         known = self._cells.get(block_cells, np.zeros(0, np.int64))
         if len(known) < count:
@@ -202,7 +202,10 @@ class HostRows:
             torch.cuda.current_stream(self.pool.device).wait_stream(self.stream)
         asking = q[self.at]
         lse = asking.new_empty(asking.shape[:2], dtype=torch.float32)
-        far = self.backend.attend(asking, self._sealed, scratch, scale, Seen(lse)).float(), lse
+        far = (
+            self.backend.attend(asking, self._sealed, scratch, scale, AttentionSeen(lse)).float(),
+            lse,
+        )
         # A row whose sequence has ended reads nothing anywhere, and no share may become NaN.
         least = torch.finfo(near[1].dtype).min
         own = near[0][self.at].float(), near[1][self.at].clamp_min(least)
@@ -234,7 +237,7 @@ class HostRows:
         """First cells of where all rows' blocks land, row by row, and the table of their pages.
 
         Raises:
-            KvtuneError: the pool is full.
+            PoolFullError: the pool is full.
         """
         landed = np.zeros(int(read.sum()), np.int64)
         size = np.repeat([layout.block_cells for layout in layouts], read)

@@ -21,7 +21,7 @@ from kvtune.policies.option import Option
 from kvtune.policies.pages import PageLayout
 from kvtune.policies.placement import chooses_entries, pages_of
 from kvtune.policies.reader import BlockReader
-from kvtune.runtime.cache.backend import Backend, Growing, Seen
+from kvtune.runtime.cache.backend import AttentionSeen, Backend, Growing
 from kvtune.runtime.cache.beside import Beside, joined
 from kvtune.runtime.cache.entry_rows import EntryRows
 from kvtune.runtime.cache.host_rows import HostRows
@@ -118,7 +118,7 @@ class PagedLayer:
         """More pages at the ends of segments of one layout; their cells, segment by segment.
 
         Raises:
-            KvtuneError: the pool is full.
+            PoolFullError: the pool is full.
         """
         cells = self.pool.take(int(counts.sum()), layout.page_cells)
         ends = counts.cumsum()
@@ -190,7 +190,8 @@ class PagedLayer:
         self.backend.append(self.paged, self.growing, keys, values)
 
     def append_rotated(self, rotation: Rotation, values: Tensor) -> Tensor:
-        """The same of keys that are yet to be rotated; their queries, rotated ``[B, Hq, 1, D]``."""
+        """Rotate queries and keys of one token a sequence, append keys and values, and return the
+        rotated queries, ``[B, Hq, 1, D]``."""
         return self.backend.append_rotated(self.paged, self.growing, rotation, values)
 
     def count_appended(self, tokens: int = 1) -> None:
@@ -211,7 +212,7 @@ class PagedLayer:
         if self.beside is None and self.host is None and not self.searched:
             return self.backend.attend(q, self.paged, scratch, scale)
         lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-        output = self.backend.attend(q, self.paged, scratch, scale, Seen(lse))
+        output = self.backend.attend(q, self.paged, scratch, scale, AttentionSeen(lse))
         if self.host is not None:
             output, lse = self.host.finish(q, (output, lse), scratch, scale)
         return self.with_beside(q, output, lse, scale)

@@ -1,4 +1,4 @@
-"""Pages worked on by plain torch."""
+"""Reads and writes pages of the KV cache in plain torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvtune.policies.page_formats import BF16_PAGE, is_blocks
 from kvtune.policies.pages import PageLayout
-from kvtune.runtime.cache.backend import Fetching, Growing, Moves, Seen, Writing
+from kvtune.runtime.cache.backend import AttentionSeen, Fetching, Growing, Moves, Writing
 from kvtune.runtime.cache.block_pages import write_blocks
 from kvtune.runtime.cache.fitted_pages import write_fitted
 from kvtune.runtime.cache.host_pool import HostPool
@@ -22,12 +22,12 @@ from kvtune.runtime.rotation import Rotation
 
 
 class PlainBackend:
-    """Plain torch: what the kernels are tested against, and what answers without a GPU."""
+    """The backend in plain torch: kernels are tested against it, and it serves where no GPU is."""
 
     has_kernels: ClassVar[bool] = False
 
     def write(self, pool: Tensor, writing: Writing) -> None:
-        """Write a page at a time; pages of signs, and of blocks alone, all together."""
+        """Write one page after another; pages of signs, and of blocks alone, in one call."""
         layout = writing.layout
         if writing.fitted is not None:
             write_fitted(pool, writing, writing.fitted)
@@ -44,19 +44,19 @@ class PlainBackend:
             pool[cell * layout.cell_bytes :][: layout.page_bytes] = page
 
     def append(self, layer: Paged, growing: Growing, keys: Tensor, values: Tensor) -> None:
-        """All rows at once."""
+        """Append one token to every row, all rows in one indexed write."""
         append_rows(layer, growing, keys, values)
 
     def append_rotated(
         self, layer: Paged, growing: Growing, rotation: Rotation, values: Tensor
     ) -> Tensor:
-        """Rotates all in float32, and appends."""
+        """Rotate queries and keys in float32, append keys and values, and return the queries."""
         q, k = (rotate(x, rotation.cos, rotation.sin) for x in (rotation.q, rotation.k))
         self.append(layer, growing, k[:, :, 0], values)
         return q
 
     def move(self, layer: Paged, growing: Growing, moves: Moves) -> None:
-        """A token at a time."""
+        """Move one token after another to its new place in its row's growing pages."""
         for row, sources, targets in zip(*(x.tolist() for x in vars(moves).values()), strict=True):
             pages = self._growing_pages(layer, growing, row)
             for source, target in zip(sources, targets, strict=True):
@@ -64,13 +64,18 @@ class PlainBackend:
                 pages[target // BF16_PAGE][:, target % BF16_PAGE] = token.clone()
 
     def attend(
-        self, q: Tensor, layer: Paged, scratch: Scratch, scale: float, seen: Seen | None = None
+        self,
+        q: Tensor,
+        layer: Paged,
+        scratch: Scratch,
+        scale: float,
+        seen: AttentionSeen | None = None,
     ) -> Tensor:
         """Dequantise all pages of a layout at once, then attend in float32."""
         return attend_pages(q, layer, scale, seen)
 
     def append_seated(self, layer: Paged, seating: Seating, keys: Tensor, values: Tensor) -> None:
-        """All rows of sequences that have a seat at once."""
+        """Append one token to every row of the sequences that have a seat, in one indexed write."""
         seats = seating.seats[: len(keys)].long()
         there, head = seats >= 0, torch.arange(seating.heads, device=seats.device)
         seat = seats[there][:, None]
@@ -82,7 +87,7 @@ class PlainBackend:
     def attend_seated(
         self, q: Tensor, layer: Paged, seating: Seating, scratch: Scratch, scale: float, out: Tensor
     ) -> None:
-        """As ``attend``, over the tiles of the seats in the order of the sequences."""
+        """Attend for sequences that have a seat, over their tiles in the order of the sequences."""
         rows = q.reshape(len(q) * seating.heads, -1, q.shape[-1])
         tiles = records_in_order(layer, seating, len(q))
         found = attend_pages(rows, replace(layer, tiles=tiles), scale, None).view(q.shape)
@@ -90,7 +95,7 @@ class PlainBackend:
         out[there] = found[there].to(out.dtype)
 
     def fetch(self, pool: Tensor, host: HostPool, fetching: Fetching) -> None:
-        """A block at a time."""
+        """Copy one block of 64 tokens after another from the host into the pool."""
         size, cell_bytes = fetching.layout.block_bytes, fetching.layout.cell_bytes
         pairs = zip(fetching.places.tolist(), fetching.cells.tolist(), strict=True)
         for place, cell in pairs:
@@ -98,7 +103,7 @@ class PlainBackend:
                 pool[cell * cell_bytes :][:size] = host.view(place, size)
 
     def copy_tokens(self, copies: Copies) -> None:
-        """All tokens at once."""
+        """Copy all tokens in one indexed write."""
         copy_tokens(copies)
 
     def _growing_pages(self, layer: Paged, growing: Growing, row: int) -> list[Tensor]:

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from kvtune.policies.page_formats import BF16_PAGE
 from kvtune.policies.pages import PageLayout
-from kvtune.runtime.cache.backend import Growing, Seen
+from kvtune.runtime.cache.backend import AttentionSeen, Growing
 from kvtune.runtime.cache.page_map import Pages, pages_at
 from kvtune.runtime.kernels.launch import Paged, Seating
 from kvtune.runtime.kernels.reference import read_pages
 from kvtune.runtime.kernels.reference_signs import read_sign_pages
 
 
-def attend_pages(q: Tensor, layer: Paged, scale: float, seen: Seen | None) -> Tensor:
+def attend_pages(q: Tensor, layer: Paged, scale: float, seen: AttentionSeen | None) -> Tensor:
     """Attention ``[rows, G, D]`` of ``q`` like it over every page of its row, in float32.
 
     Rows without a token have an output of zeros, and minus infinity as log-sum-exp.

@@ -15,7 +15,7 @@ def reserve(layer: PagedLayer, tokens: int) -> None:
     """Give every row pages for so many more tokens. Changes tables in place, if they have room.
 
     Raises:
-        KvtuneError: the pool is full.
+        PoolFullError: the pool is full.
     """
     ends = np.minimum(layer.lengths[GROWN] + tokens, layer.most)
     wanted = -(-np.where(layer.evicts_coded, layer.window, ends) // BF16_PAGE) * ~layer.ended
@@ -30,7 +30,13 @@ def reserve(layer: PagedLayer, tokens: int) -> None:
 
 
 def _reserve_coded(layer: PagedLayer, tokens: int) -> None:
-    """The same of the pages that rows evict from; new ones hold zeros, no other's bytes."""
+    """Give rows that evict from quantised pages more of these for the next tokens.
+
+    New pages are filled with zeros, so that no row reads what another one left there.
+
+    Raises:
+        PoolFullError: the pool is full.
+    """
     ends = np.minimum(layer.lengths[CODED] + tokens, layer.most)
     lacking = -(-ends // PAGE) - _pages_held(layer, CODED)
     more = np.where(layer.evicts_coded & ~layer.ended, lacking, 0).clip(0)
@@ -56,7 +62,7 @@ def _add_pages(layer: PagedLayer, kind: int, rows: Ints, more: Ints, layout: Pag
         Their first cells, row by row.
 
     Raises:
-        KvtuneError: the pool is full.
+        PoolFullError: the pool is full.
     """
     places = runs(more, layer.tables_at[kind, rows] + _pages_held(layer, kind)[rows])
     cells = layer.take(kind * layer.rows + rows, more, layout)

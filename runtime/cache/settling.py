@@ -41,7 +41,7 @@ def settle(layer: PagedLayer) -> None:
     """Quantise whole pages that are older than the residual window. Changes tables in place.
 
     Raises:
-        KvtuneError: the pool is full.
+        PoolFullError: the pool is full.
     """
     while len(due := _due(layer)):
         layout = layer.layouts[due[0]]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvtune.policies.pages import PageLayout, exact_among
-from kvtune.runtime.cache.backend import Fitted, Writing
+from kvtune.runtime.cache.backend import FittedTables, Writing
 from kvtune.runtime.cache.paged_layer import PagedLayer
 from kvtune.runtime.cache.segments import CODED, GROWN, NO_END, SETTLED, Ints, runs
 from kvtune.runtime.cache.sending import sent
@@ -52,7 +52,7 @@ def store_prompts(
             says of all tokens unless given.
 
     Raises:
-        KvtuneError: the pool is full.
+        PoolFullError: the pool is full.
     """
     sizes = np.array([len(tokens) for tokens in kept])
     if exact is None:
@@ -115,7 +115,7 @@ def _records(layer: PagedLayer, layout: PageLayout, rows: slice, sizes: Ints) ->
 
 def _tables(
     layer: PagedLayer, layout: PageLayout, rows: slice, weights: Tensor | None
-) -> Fitted | None:
+) -> FittedTables | None:
     """Take room for the tables of some rows' pages of one layout, where it has any."""
     if not layout.has_tables:
         return None
@@ -128,7 +128,7 @@ def _tables(
         every = weights.new_ones(layer.rows, weights.shape[1])
         every[rows] = weights.repeat((rows.stop - rows.start) // len(weights), 1)
         weights = every
-    return Fitted(there, weights)
+    return FittedTables(there, weights)
 
 
 def _on_host(

@@ -1,4 +1,4 @@
-"""Pages worked on by Triton kernels."""
+"""Reads and writes pages of the KV cache by Triton kernels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvtune.policies.page_formats import is_blocks
-from kvtune.runtime.cache.backend import Fetching, Growing, Moves, Seen, Writing
+from kvtune.runtime.cache.backend import AttentionSeen, Fetching, Growing, Moves, Writing
 from kvtune.runtime.cache.block_pages import write_blocks
 from kvtune.runtime.cache.fitted_pages import write_fitted
 from kvtune.runtime.cache.host_pool import HostPool
@@ -18,7 +18,7 @@ from kvtune.runtime.rotation import Rotation
 
 
 class TritonBackend:
-    """Attention and pages by Triton kernels, a launch for each method."""
+    """The backend in Triton kernels; each of its methods is one launch."""
 
     has_kernels: ClassVar[bool] = True
 
@@ -51,7 +51,8 @@ class TritonBackend:
     def append_rotated(
         self, layer: Paged, growing: Growing, rotation: Rotation, values: Tensor
     ) -> Tensor:
-        """One kernel, of which half of the programs append and the others rotate queries."""
+        """Append rotated keys and return rotated queries by one kernel: half its programs append,
+        the others rotate queries."""
         from kvtune.runtime.kernels.appending import append_rotated
 
         q, k, cos, sin = rotation.q, rotation.k, rotation.cos, rotation.sin
@@ -75,7 +76,12 @@ class TritonBackend:
         )  # fmt: skip
 
     def attend(
-        self, q: Tensor, layer: Paged, scratch: Scratch, scale: float, seen: Seen | None = None
+        self,
+        q: Tensor,
+        layer: Paged,
+        scratch: Scratch,
+        scale: float,
+        seen: AttentionSeen | None = None,
     ) -> Tensor:
         """Attend to all pages by one kernel, whose last program of a row merges its parts."""
         if seen is None:

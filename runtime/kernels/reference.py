@@ -66,7 +66,7 @@ def read_page(page: Tensor, layout: PageLayout, scales: Tensor) -> tuple[Tensor,
 
 
 def read_pages(pages: Tensor, layout: PageLayout, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """The same of many pages of one layout at once.
+    """Decode the keys and values of several pages of one layout.
 
     Args:
         pages: ``[n, page_bytes]`` uint8.

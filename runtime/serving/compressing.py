@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvtune.policies.parts import Part
 from kvtune.policies.signals import Signals
-from kvtune.runtime.cache.backend import Backend, Fitted, Writing
+from kvtune.runtime.cache.backend import Backend, FittedTables, Writing
 from kvtune.runtime.cache.segments import CODED, Ints
 from kvtune.runtime.cache.sending import sent
 from kvtune.runtime.cache.storing import fp8_scales, is_coded
@@ -84,7 +84,7 @@ def compress(
     for layout, pages in zip(laid.layouts, there[len(others) :], strict=True):
         if len(pages):
             held = (prompts.keys, prompts.values, places.int(), pages, scales.view(-1, 2))
-            fitted = Fitted(cells, weights) if layout.has_tables else None
+            fitted = FittedTables(cells, weights) if layout.has_tables else None
             backend.write(memory, Writing(layout, *held, fitted))
     return [laid.stored(number, scales) for number in range(len(prompts.requests))]
 

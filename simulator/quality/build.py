@@ -26,11 +26,12 @@ _REPLAYED = ("q", "k", "v", "probes")
 
 T = TypeVar("T")
 R = TypeVar("R")
-
+L = TypeVar("L")
 
 _LOADERS = 4
 _SHARE_OF_MEMORY = 1 / 8
 _MOST_AT_ONCE = 4 * 2**30
+_CELLS_AT_ONCE = 4  # on a CPU; each has a layer in memory, and what its options make of it
 _COPIES = 2  # of the scores: they are computed and turned into probabilities
 
 
@@ -76,9 +77,13 @@ def build_tables(
 
     known = {cell: arrays["features"] for cell in cells if (arrays := kept.get(*key(cell)))}
     waiting = [cell for cell in cells if cell not in known]
-    parts = ahead(lambda cell: load_cell(trace, samples, cell, options, device), waiting)
+
+    def load(cell: Cell) -> LayerReplay:
+        return load_cell(trace, samples, cell, options, device)
+
+    found = replayed(load, lambda layer: layer_features(layer, options, block), waiting, device)
     for cell in (progress or Silent()).track(waiting, "replaying options", len(waiting)):
-        known[cell] = layer_features(next(parts), options, block)
+        known[cell] = next(found)
         if len(cell.samples) == 1:
             kept.put({"features": known[cell]}, *key(cell))
     return assembled(trace, samples, options, cells, [known[cell] for cell in cells])
@@ -182,9 +187,45 @@ def readers_for(device: str) -> int:
     return 1 if device == "cpu" else _LOADERS
 
 
-def ahead(load: Callable[[T], R], items: Iterable[T], readers: int = 1) -> Iterator[R]:
-    """Load items in order, a few ahead of their use, so that reading and arithmetic overlap."""
-    with ThreadPoolExecutor(readers) as pool:
+def replayed(
+    load: Callable[[T], L], replay: Callable[[L], R], items: Iterable[T], device: str
+) -> Iterator[R]:
+    """What is replayed of each item, in order; a GPU has the next one loaded meanwhile.
+
+    A CPU works on several at once, each with its own share of the threads: most operations are too
+    small to be shared out among cores, which would wait for each other after every one.
+    """
+    if device != "cpu":
+        yield from map(replay, ahead(load, items))
+        return
+    threads = torch.get_num_threads()
+    workers = min(threads, _CELLS_AT_ONCE)
+    try:
+        yield from ahead(
+            lambda item: replay(load(item)),
+            items,
+            workers,
+            lambda: torch.set_num_threads(threads // workers),
+        )
+    finally:
+        torch.set_num_threads(threads)  # workers set their own, and what later threads begin with
+
+
+def ahead(
+    load: Callable[[T], R],
+    items: Iterable[T],
+    readers: int = 1,
+    begin: Callable[[], None] | None = None,
+) -> Iterator[R]:
+    """Load items in order, a few ahead of their use, so that reading and arithmetic overlap.
+
+    Args:
+        load: makes something of an item.
+        items: what is loaded.
+        readers: threads that load.
+        begin: what each of them does first.
+    """
+    with ThreadPoolExecutor(readers, initializer=begin) as pool:
         waiting: deque[Future[R]] = deque()
         for item in items:
             waiting.append(pool.submit(load, item))

@@ -13,7 +13,13 @@ from kvtune.common.progress import Progress, Silent
 from kvtune.policies.apply import apply_together, linked
 from kvtune.policies.policy import Policy
 from kvtune.policies.signals import Signals
-from kvtune.simulator.quality.build import DEFAULT_BLOCK, ahead, readers_for, replayed_tensors
+from kvtune.simulator.quality.build import (
+    DEFAULT_BLOCK,
+    ahead,
+    readers_for,
+    replayed,
+    replayed_tensors,
+)
 from kvtune.simulator.quality.replay import LayerReplay
 from kvtune.simulator.quality.tables import Floats
 from kvtune.traces.trace import SampleRecord, Trace
@@ -55,15 +61,22 @@ def replay_policies(
     # Policies say all of their heads, which takes long: once, and not for every sample.
     which = said([replace(policy, name="") for policy in policies])
 
-    def replayed(sample: SampleRecord) -> Floats:
-        key = "replay", sample.id, tuple(layers), block, which
-        if (known := kept.get(*key)) is not None:
-            return known["losses"]
-        losses = _replay_sample(trace, sample, policies, layers, block, device)
-        kept.put({"losses": losses}, *key)
-        return losses
+    def key(sample: SampleRecord) -> tuple[object, ...]:
+        return "replay", sample.id, tuple(layers), block, which
 
-    return np.stack([replayed(sample) for sample in steps], 1)
+    known = {s.id: arrays["losses"] for s in samples if (arrays := kept.get(*key(s))) is not None}
+    waiting = [sample for sample in samples if sample.id not in known]
+    found = replayed(
+        lambda sample: sample,
+        lambda sample: _replay_sample(trace, sample, policies, layers, block, device),
+        waiting,
+        device,
+    )
+    for sample in steps:
+        if sample.id not in known:
+            known[sample.id] = next(found)
+            kept.put({"losses": known[sample.id]}, *key(sample))
+    return np.stack([known[sample.id] for sample in samples], 1)
 
 
 @torch.no_grad()

@@ -30,14 +30,15 @@ KIND_TEXTS = 5.0
 """Of how far a kind lies from that level n / (n + this) is believed when n of its texts have run.
 
 Two texts of a kind differ by more than kinds do, so that their level, believed whole, is noise.
-Chosen on four runs of two texts a kind (``benchmarks/levels_ways.py``); on four others, of four
-texts a kind, the law above then gives spreads of the right size without being fitted to them.
+Chosen on four runs of two texts a kind (``benchmarks/levels_ways.py``). On four runs of four texts
+a kind, which contain those texts, the law above then gives spreads of the right size.
 """
 COMMON = 0.1
 """Variance of the error that all kinds share, of that between texts of a kind.
 
 It makes intervals of the mean over kinds hold on runs of two texts a kind; what single kinds'
-intervals are hardly depends on it.
+intervals are hardly depends on it. It and the two weights below were set with all recorded runs in
+view; ``benchmarks/results/levels-constants.json`` has what other values would have held.
 """
 BELIEVED_BEFORE = 6.0
 """Degrees of freedom of the spread between texts that recorded runs had, beside a search's own."""

@@ -123,8 +123,7 @@ class Tables:
         On prompts as long as the samples' they keep what they did, so that losses are the same.
         """
         kept = self.prompt_tokens
-        options = (replace(o, budget=o.budget.with_floor(kept)) for o in self.options)
-        return replace(self, options=tuple(options))
+        return replace(self, options=tuple(each.with_floor(kept) for each in self.options))
 
     def sample_weights(self, emphasis: Mapping[str, float] | None = None) -> Floats:
         """Every kind of text counts alike, however many samples it has; sums to one, ``[n]``.

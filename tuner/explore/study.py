@@ -212,4 +212,4 @@ def _as_share(option: Option, prompt_tokens: int) -> Option:
     if option.budget.tokens is None:
         return option
     share = Budget(share=min(option.budget.tokens / prompt_tokens, 1.0))
-    return replace(option, budget=share.with_floor(prompt_tokens))
+    return replace(option, budget=share).with_floor(prompt_tokens)
