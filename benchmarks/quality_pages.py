@@ -33,7 +33,8 @@ def measured_on() -> str:
     return (
         f"Samples: {setting['workload']}; needles are hidden in the prompt, {where}. "
         f"{found['device']}, {setting['dtype']}, `{quality_file().name}`. The full cache gets "
-        f"{100 * plan['full_digits']:.1f} % of {plan['needles_asked']} needles' digits."
+        f"{100 * plan['full_digits']:.1f} % of the digits of these {plan['needles_asked']} "
+        "needles, 8 a sample."
     )
 
 

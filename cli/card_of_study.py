@@ -25,8 +25,10 @@ def card_of(study: Study) -> Card:
         KvtuneError: the search has not finished.
     """
     from kvtune.simulator.memory.at_once import prompts_at_once
+    from kvtune.tuner.edited import is_edited
     from kvtune.tuner.explore.view import View
     from kvtune.tuner.explore.what_if import Setting, figures_of
+    from kvtune.tuner.result import PLAN_FILE
     from kvtune.tuner.rounding import said_of_rounding
     from kvtune.tuner.verdict import verdict_of
 
@@ -36,6 +38,13 @@ def card_of(study: Study) -> Card:
             f"this search is {study.state}, and a card is of a finished one",
             where=str(study.folder),
             hint="run the same search again to go on, then ask for its card.",
+        )
+    if is_edited(study.folder / PLAN_FILE):
+        raise KvtuneError(
+            "edited since it was searched: its loss is not known, and a card tells it",
+            where=str(study.folder / PLAN_FILE),
+            hint=f"kvtune validate {study.folder} measures it; the same search writes the plan "
+            "anew, and keeps the edited file beside it.",
         )
     setting = Setting.asked(facts)
     view = View(study, figures_of(study, setting), setting)

@@ -207,5 +207,7 @@ def _quality(asked: Asked) -> str:
     known = document.provenance.quality if document and document.provenance else None
     if not known:
         return "not estimated here; see kvtune search"
+    if known.edited:
+        return str(known)
     other = other_model(document, asked.shape)
     return f"{known}, as its file says" + (f" of {other}" if other else "")

@@ -121,6 +121,9 @@ def _compare(
     tokens = parse_tokens(context) if context else None
     rows = compared(document, _facts(document, model), tokens, loss_on_stack)
     notes = notes_on_sequences(document, rows, tokens)
+    quality = document.provenance.quality if document.provenance else None
+    if quality is not None and quality.edited:
+        notes = (*notes, str(quality))
     flattened = any(row.loss == NOT_THE_PLANS for row in rows)
     with speaking(as_json, quiet=as_json) as output:
         output.show(

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvtune.common.errors import KvtuneError, nearest
+from kvtune.common.errors import KvtuneError, meant
 from kvtune.common.stored import require_file
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ def read_policy_input(named: Path) -> PolicyDocument:
 
     Raises:
         KvtuneError: no such file and no such words, or mistakes in them.
+
+    Of a file that was edited since its search wrote it, nothing is said of its loss.
     """
     if not named.exists() and not named.suffix.startswith(".y"):
         from kvtune.policies.policy_file.named import is_named, known_words, read_named, words_of
@@ -34,9 +36,10 @@ def read_policy_input(named: Path) -> PolicyDocument:
         if is_named(str(named)):
             return read_named(str(named))
         if len(words_of(str(named))) == 1 and "/" not in str(named):
-            near = nearest(str(named), known_words())
+            near = meant(str(named), known_words(), likeness=0.7)
             raise KvtuneError(
-                f"no file and no policy is called {str(named)!r}. {near}", hint=_NO_POLICY
+                f"no file, run directory or policy is called {str(named)!r}. {near}".rstrip(),
+                hint=_NO_POLICY,
             )
     path = read_policy_path(named)
     is_begun = named.is_dir() and (named / "config.json").is_file()
@@ -45,7 +48,10 @@ def read_policy_input(named: Path) -> PolicyDocument:
     from kvtune.tuner.config_file import check_run
 
     check_run(path.parent)
-    return read_policy(path)
+    document = read_policy(path)
+    from kvtune.tuner.edited import as_edited, is_edited
+
+    return as_edited(document) if is_edited(path) else document
 
 
 def check_writable(folder: Path, option: str) -> None:

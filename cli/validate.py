@@ -64,6 +64,7 @@ def command(
 ) -> None:
     """Run the model with a policy: predicted beside measured."""
     from kvtune.cli.inputs import read_policy_input, read_policy_path
+    from kvtune.cli.planned import notes_on_model
     from kvtune.common.units import parse_bytes
     from kvtune.tuner.rounding import rounding_words
     from kvtune.tuner.target import read_texts
@@ -76,6 +77,9 @@ def command(
     bound = document.bind(shape.layers, shape.kv_heads)
     limit = parse_bytes(mem) if mem else None
     with speaking(as_json, quiet) as output:
+        told_of_model = notes_on_model(document, shape)
+        for note in told_of_model:
+            output.progress.note(f"note: {note}")
         from kvtune.traces.models import best_device, load_model
 
         place = device or best_device()
@@ -88,7 +92,7 @@ def command(
         output.show(report(known, bound, found, planned, stack))
         told = other_texts(path.parent / "result.json", found)
         rounding = rounding_words(found.rounding, loaded.dtype, {bound.name: found.live.value})
-        output.show(*(f"note: {each}" for each in (told, rounding) if each))
+        output.show(*(f"note: {each}" for each in (*told_of_model, told, rounding) if each))
         times, untimed = _times(document, bound, loaded, shape, samples, largest=gpu, limit=limit)
         output.show("", times_table(times) if times else f"times: {untimed}")
         plain = answer(document, known, found, planned, stack) | {"device": loaded.device}

@@ -71,8 +71,15 @@ def unwritable(path: Path, error: OSError) -> KvtuneError:
     return KvtuneError(
         f"cannot write here: {error.strerror or error}",
         where=str(path),
-        hint="free some space, or choose another folder with --out, --run-dir or KVTUNE_CACHE.",
+        hint=f"free some space, or {other_folder(path)}",
     )
+
+
+def other_folder(path: Path) -> str:
+    """What to do where ``path`` cannot be written."""
+    if path.absolute().is_relative_to(cache_dir().absolute()):
+        return "set KVTUNE_CACHE to a folder that can be written."
+    return "choose a folder that can be written."
 
 
 def _flush(path: Path) -> None:

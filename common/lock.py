@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from kvtune.common.errors import KvtuneError
+from kvtune.common.files import other_folder
 from kvtune.common.progress import Progress, Silent
 
 LOCK = ".lock"
@@ -37,7 +38,7 @@ def locked(folder: Path, *, wait: bool = False, progress: Progress | None = None
         raise KvtuneError(
             f"the folder cannot be written: {error.strerror}",
             where=str(folder),
-            hint="choose another folder with --out, --run-dir or KVTUNE_CACHE.",
+            hint=other_folder(folder),
         ) from error
     with file:
         if not _take(file, block=False):

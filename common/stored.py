@@ -111,7 +111,8 @@ def parse_json(text: str | bytes, where: str, hint: str | None = None) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         place = f"{where}:{error.lineno}" if error.lineno > 1 else where
-        raise KvtuneError(f"is no JSON ({error.msg})", where=place, hint=hint) from error
+        reason = f"{error.msg.removesuffix(' at').lower()}, column {error.colno}"
+        raise KvtuneError(f"is no JSON ({reason})", where=place, hint=hint) from error
     except UnicodeEncodeError as error:
         raise KvtuneError("holds half a surrogate pair", where=where, hint=hint) from error
     except ValueError as error:

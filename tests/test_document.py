@@ -84,7 +84,7 @@ def components(draw: st.DrawFn, kinds: dict[str, type[Any]]) -> Any:
 
 budgets = st.one_of(
     st.just(ALL),
-    st.integers(0, 10**6).map(lambda tokens: Budget(tokens=tokens)),
+    st.integers(1, 10**6).map(lambda tokens: Budget(tokens=tokens)),
     st.floats(1e-6, 1).map(lambda share: Budget(share=share)),
 )
 options = st.builds(

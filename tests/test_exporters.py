@@ -480,3 +480,14 @@ def test_transformers_allocators(allocator: Any, status: str) -> None:
     budgets = [[plain["options"][name]["budget"] for name in row] for row in plain["heads"]]
     expected = policy.budgets(1024).tolist() if status == "approximated" else [[0.25] * 2] * 4
     assert budgets == expected
+
+
+def test_two_stacks_do_not_share_a_folder(tmp_path: Path) -> None:
+    """Their reports have one name: the second export would take the first one's away."""
+    first, second = export("vllm", uniform(Option())), export("sglang", uniform(Option()))
+    write_export(first, tmp_path)
+    write_export(first, tmp_path)
+    with pytest.raises(KvtuneError, match="report of an export to vLLM") as told:
+        write_export(second, tmp_path)
+    assert told.value.hint
+    assert (tmp_path / "REPORT.txt").read_text("utf-8") == first.files["REPORT.txt"]

@@ -5,10 +5,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import kvtune
+from kvtune.__main__ import main
 from kvtune.cli.inputs import read_policy_input
 from kvtune.common.errors import KvtuneError
 from kvtune.simulator.quality.tables import Tables
@@ -177,3 +179,30 @@ def test_folders_of_other_prompt_lengths_are_others() -> None:
         "llama-3.1-8b-rtx-4090-16gb-64k",
         "llama-3.1-8b-rtx-4090-16gb-4k-64k",
     ]
+
+
+def test_a_stand_in_says_which_methods_it_knows(packaged: Tables, tmp_path: Path) -> None:
+    notes = Notes()
+    kvtune.search("llama-8b", "4090", "16GB", run_dir=tmp_path, menu="all", progress=notes)
+    said = next(each for each in notes.said if each.startswith("methods: "))
+    assert all(option.method.name in said for option in packaged.options)
+    assert "kvzip" in said
+    assert "--menu chooses only where the model's own weights are at hand" in said
+
+
+def test_validate_says_first_that_a_plan_is_of_another_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "policy.yaml").write_text(
+        "kvtune_policy: 1\n"
+        "model: {name: llama-3.1-8b, layers: 32, kv_heads: 8, head_dim: 128}\n"
+        "policy: {method: snapkv, budget: 25%}\n"
+    )
+
+    def load_model(*_: Any, **__: Any) -> None:
+        raise KvtuneError("loading")
+
+    monkeypatch.setattr("kvtune.traces.models.load_model", load_model)
+    assert main(["validate", str(tmp_path), "--model", "smollm2-135m"]) == 2
+    first, _, _ = capsys.readouterr().err.partition("loading")
+    assert "planned for llama-3.1-8b" in " ".join(first.split())

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from rich.progress import Progress
 
-from kvtune.common.progress import Bars, Silent
+from kvtune.common.progress import Bars, Silent, _time_left
 
 
 def test_a_pipe_gets_lines_with_the_remaining_time(capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,4 +29,20 @@ def test_quick_work_takes_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_silence_yields_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(Silent().track(iter("abc"), "working")) == ["a", "b", "c"]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminals_bar_tells_what_remains_after_one_slow_step() -> None:
+    """Steps of a minute: rich's own column would have forgotten the only one that is done."""
+    now = [0.0]
+    bars = Progress(get_time=lambda: now[0], disable=True)
+    number = bars.add_task("capturing", total=9)
+    assert str(_time_left().render(bars.tasks[0])) == ""
+    now[0] = 60.0
+    bars.update(number, completed=1)
+    assert str(_time_left().render(bars.tasks[0])) == "480 s left"
+
+
+def test_of_no_items_no_bar_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(Bars().track([], "capturing", 0)) == []
     assert capsys.readouterr() == ("", "")

@@ -153,7 +153,9 @@ def test_what_the_plans_own_kind_of_rule_lost_live_on_a_stand_in_is_no_rival(
     curve = Policy("uniform rules, live", loss(ran), family="uniform")
     plan = Policy("uniform full all int4", loss(0.02))
     said = verdict(stand_in="smollm2-135m", policies=(plan, curve)).comparison
-    assert said.endswith(f"when smollm2-135m ran them, {ran:.2g}, is {where} its band.")
+    assert said.endswith(
+        f"The best such rule lost {ran:.2g} when smollm2-135m ran it, {where} the plan's band."
+    )
     assert "not better" not in said
     assert "lost when" not in verdict(curve).comparison
     rule = Policy("kvzip+model_wide 9% int4+4", loss(0.02))

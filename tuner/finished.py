@@ -18,6 +18,7 @@ from kvtune.policies.policy_file.document import read_policy
 from kvtune.simulator.memory.plan import MemoryPlan
 from kvtune.simulator.memory.weights import check_format
 from kvtune.tuner.config_file import check_run
+from kvtune.tuner.edited import FINISHED
 from kvtune.tuner.explore import PLANS_FILE
 from kvtune.tuner.request import SearchRequest
 from kvtune.tuner.result import SearchResult
@@ -27,7 +28,7 @@ from kvtune.tuner.stored_result import StoredResult, read_result
 if TYPE_CHECKING:
     from kvtune.tuner.timing import Times
 
-FINISHED, RESULT = "finished.json", "result.json"
+RESULT = "result.json"
 
 
 def fingerprint(request: SearchRequest) -> str:

@@ -83,7 +83,7 @@ def _kept(file: Path, menu: Menu, progress: Progress) -> tuple[Method, ...] | No
         if not names or names - {method.label for method in menu.methods}:
             raise KvtuneError("names no methods of the menu", where=str(file))
     except KvtuneError as error:
-        progress.note(f"{error}; it is made anew")
+        progress.note(f"{error}. The search goes on and writes it again.")
         return None
     return tuple(method for method in menu.methods if method.label in names)
 

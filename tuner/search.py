@@ -15,6 +15,7 @@ from kvtune.tuner.beside import Beside, helpers_of
 from kvtune.tuner.candidate import Candidate, pick
 from kvtune.tuner.checks import check_request, no_head_is_known, scores_of
 from kvtune.tuner.cross_fit import cross_fitted_front
+from kvtune.tuner.edited import set_aside
 from kvtune.tuner.explore.reader import StudyReader
 from kvtune.tuner.explore.record import Recorder
 from kvtune.tuner.filling import held_by_runtime
@@ -31,7 +32,7 @@ from kvtune.tuner.serving_room import Budgets, budgets_of, notes_on
 from kvtune.tuner.simple_points import simple_points
 from kvtune.tuner.solver import Solver
 from kvtune.tuner.sources import QualitySource
-from kvtune.tuner.stand_in_rules import Offer, offers_of, rule_points
+from kvtune.tuner.stand_in_rules import Offer, offers_of, rule_points, said_of_methods
 from kvtune.tuner.starts import start_points
 from kvtune.tuner.trials import study_trials
 from kvtune.tuner.which_menu import with_menu
@@ -60,16 +61,18 @@ def _finished(request: SearchRequest, progress: Progress) -> SearchResult | None
     try:
         found = finished(request)
     except KvtuneError as error:
-        progress.note(f"{error}; it is made anew")
+        progress.note(f"{error}. The search goes on and writes it again.")
+        set_aside(request.run_dir)
         return None
     if found is not None:
         progress.note(f"this search has ended before; its answer is read from {request.run_dir}")
-    elif answers_another(request):
+        return found
+    if not set_aside(request.run_dir) and answers_another(request):
         progress.note(
-            f"{request.run_dir} answers another question (other options, or edited files); this "
-            f"answer will take its place{_made_before(request.run_dir)}. --run-dir keeps both."
+            f"{request.run_dir} answers another question (other options, texts or results); "
+            f"this answer will take its place{_made_before(request.run_dir)}. --run-dir keeps both."
         )
-    return found
+    return None
 
 
 def _made_before(run_dir: Path) -> str:
@@ -86,6 +89,8 @@ def _search(request: SearchRequest, progress: Progress, beside: Beside) -> Searc
     if request.moved_bytes is not None:
         source = replace(source, tables=on_both_sides(source.tables))
     rules = _rules(request, budgets, source)
+    if source.stand_in:
+        progress.note(said_of_methods(source.tables, with_rules=request.stack is None))
     source = source.with_rules([each.rule for each in rules])
     question = question_of(request, budgets, source)
     solver = Solver.of(question)

@@ -51,6 +51,23 @@ class Offer:
     weights: str
 
 
+def said_of_methods(tables: Tables, with_rules: bool) -> str:
+    """Which methods a search on a stand-in tries, since its menu is what was measured before.
+
+    Args:
+        tables: of the source, without rules.
+        with_rules: whether rules that ran live on the source are offered too.
+    """
+    known = ", ".join(sorted({option.method.name for option in tables.options}))
+    ran = sorted({method.name for group in GROUPS for family in group
+                  for _, method in STRONG.get(family, ())})  # fmt: skip
+    rules = f", and those that ran live on it, for all heads alike: {', '.join(ran)}"
+    return (
+        f"methods: those of the stand-in's tables: {known}{rules if with_rules else ''}. --menu "
+        "chooses only where the model's own weights are at hand (--model PATH)."
+    )
+
+
 def offers_of(
     question: Question, curves: Curves, held: SequenceBytes, largest_kl: float
 ) -> list[Offer]:

@@ -99,8 +99,8 @@ def read_weights(name: str) -> tuple[str, ModelShape]:
     if loadable == shape.name and loadable not in KNOWN:
         raise KvtuneError(
             f"the weights of {shape.name} are not at hand, and this runs the model",
-            hint="--model PATH gives a folder or GGUF file with its weights; "
-            f"{', '.join(KNOWN)} is fetched by itself.",
+            hint="name a folder or a GGUF file with its weights: --model PATH. "
+            f"{', '.join(KNOWN)} needs none: kvtune fetches it.",
         )
     return loadable, shape
 

@@ -219,8 +219,8 @@ def _as_run(plan: Compared, other: Compared, stand_in: str) -> str:
     low, high, ran = plan.predicted.low, plan.predicted.high, other.predicted.value
     where = "within" if low <= ran <= high else "below" if ran < low else "above"
     return (
-        f"The plan is a uniform rule; what these lost when {stand_in} ran them, {ran:.2g}, is "
-        f"{where} its band."
+        f"The plan is a uniform rule. The best such rule lost {ran:.2g} when {stand_in} ran it, "
+        f"{where} the plan's band."
     )
 
 

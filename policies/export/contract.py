@@ -30,6 +30,7 @@ from kvtune.policies.policy_file.parts import ModelFacts, PolicyDocument
 from kvtune.policies.registry import find, registered
 
 PACKAGE = "kvtune.policies.export.exporters"
+REPORT = "REPORT.txt"
 
 
 Proof = Literal["ran", "parsed by the stack", "schema mirror"]
@@ -152,13 +153,13 @@ class Exporter(ABC):
         """
         report = (*plan.assumed, *losses, *others)
         runs = self.runs(plan)
-        top = "\n".join(line for line in self.header(plan, losses) if "REPORT.txt" not in line)
+        top = "\n".join(line for line in self.header(plan, losses) if REPORT not in line)
         below = "".join(f"note: {note}\n" for note in notes)
         text = top + "\n\n" + "".join(f"{line}\n" for line in report) + ("\n" + below) * bool(notes)
         return Export(
             f"{self.stack} {self.stack_version}",
             self.proof,
-            files | {"REPORT.txt": text},
+            files | {REPORT: text},
             report,
             self._quality(plan, losses)[0],
             notes,
@@ -178,7 +179,7 @@ class Exporter(ABC):
             f"policy: {plan.policy.name}; model: {plan.facts.name}",
             *(f"quality: {line}" for line in self._quality(plan, losses)[:1]),
             *self._quality(plan, losses)[1:],
-            "What is kept, approximated and lost: REPORT.txt",
+            f"What is kept, approximated and lost: {REPORT}",
         ]
         return ["".join(c if c.isprintable() else " " for c in line) for line in lines]
 
@@ -225,12 +226,34 @@ def write_export(export: Export, folder: Path) -> list[Path]:
     """Write the files, each whole or not at all; existing ones of the same name are replaced.
 
     Raises:
-        KvtuneError: the folder cannot be written.
+        KvtuneError: the folder cannot be written, or holds another stack's report.
     """
+    _refuse_another(export, folder)
     paths = [inside(folder, name) for name in export.files]
     for path, text in zip(paths, export.files.values(), strict=True):
         write_text(path, text)
     return paths
+
+
+def _refuse_another(export: Export, folder: Path) -> None:
+    """Each stack has a report of the same name: two in one folder would leave one without."""
+    path = folder / REPORT
+    if not path.is_file():
+        return
+    first = path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    stack = _stack_of(first.partition(" for ")[2])
+    if stack and stack != _stack_of(export.stack):
+        raise KvtuneError(
+            f"this is the report of an export to {stack}, which this one would replace",
+            where=str(path),
+            hint="choose a folder of its own for each stack.",
+        )
+
+
+def _stack_of(words: str) -> str:
+    """The stack that a name with its version begins with; empty where it is no known one."""
+    known = [kind.stack for kind in exporters().values()]
+    return next((stack for stack in known if words.startswith(f"{stack} ")), "")
 
 
 def find_exporter(name: str) -> type[Exporter]:

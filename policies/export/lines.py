@@ -83,6 +83,6 @@ def quality_lines(
             f"{figure(loss)} is what the plan loses by its prompt; this stack also reads prompts "
             "through what it stores, and stores answers likewise."
         )
-    if quality.source == "stand-in":
+    if quality.source == "stand-in" and not quality.edited:
         lines.append("The quality was predicted on another model: validate before you rely on it.")
     return lines

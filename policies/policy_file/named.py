@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 from kvtune.common.errors import KvtuneError, nearest
@@ -81,6 +82,11 @@ def read_named(text: str) -> PolicyDocument:
             hint=f"add a share of the prompt or a number of tokens: '{text} 25%'.",
         )
     keys, *values = found.get("format", ["bf16"])
+    if budget.endswith("%") and not 0 < Decimal(budget[:-1]) <= 100:
+        raise KvtuneError(
+            f"policy {text!r}: {budget} is no share of a prompt",
+            hint="write more than 0% and at most 100%, such as 12.5%; tokens (256); or all.",
+        )
     return read_policy(
         f"kvtune_policy: 1\nallocator: {found.get('allocator', ['as_given'])[0]}\n"
         f"policy: {{method: {method}, budget: {budget or 'all'}, keys: {_format(keys)}, "

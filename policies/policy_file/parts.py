@@ -70,15 +70,19 @@ class Quality(_Portable):
         stand_in: the model whose trace stood in; empty with the model's own.
         kl_nats_per_token: KL divergence from the full cache, with its interval and tier.
         stack: where that was measured as a stack runs plans that also stores answers; or "".
+        edited: whether the file was edited since; nothing is then known of its loss. Not written.
     """
 
     source: Literal["own trace", "stand-in"]
     stand_in: str = ""
     kl_nats_per_token: Estimate | None = None
     stack: str = ""
+    edited: bool = False
 
     def __str__(self) -> str:
-        """``stand-in (smollm2-135m)`` or ``own trace``."""
+        """``stand-in (smollm2-135m)``, ``own trace``, or that the file was edited."""
+        if self.edited:
+            return "edited since it was searched: its loss is not known"
         return f"stand-in ({self.stand_in})" if self.source == "stand-in" else self.source
 
 

@@ -12,7 +12,7 @@ from kvtune.common.yaml_tree import LARGEST_FILE, Node, parse
 from kvtune.policies.allocator import Allocator, allocators
 from kvtune.policies.allocators.as_given import AsGiven
 from kvtune.policies.format import formats
-from kvtune.policies.method import methods
+from kvtune.policies.method import Method, methods
 from kvtune.policies.option import ALL, Budget, MemoryTier, Option
 from kvtune.policies.policy import Policy
 from kvtune.policies.policy_file.checker import Checker, PolicyFileError
@@ -144,6 +144,7 @@ class _Reader:
                 parts[key] = self.check.component(entries[key], kinds, what)
         if "budget" in entries:
             parts["budget"] = self.budget(entries["budget"])
+            self.keeps_something(entries["budget"], parts["budget"], parts.get("method"))
         if "tier" in entries:
             parts["tier"] = self.check.value(entries["tier"], Literal[get_args(MemoryTier)])
         return Option(**parts) if len(self.check.problems) == before else None
@@ -166,6 +167,15 @@ class _Reader:
             hint = f"a share is written with a percent sign: {100 * value:g}%."
         self.check.problem(node, f"{node.plain()!r} is no budget"[:100], hint)
         return None
+
+    def keeps_something(self, node: Node, budget: Budget | None, method: Method | None) -> None:
+        """Refuse 0 tokens but of a method that holds the others too, shared by two layers."""
+        if budget is None or budget.tokens != 0:
+            return
+        if method and sum(part.entries for part in method.plan(0, 1024)):
+            return
+        hint = "write at least 1 token (256), a share of the prompt (12.5%), or all."
+        self.check.problem(node, "budget 0: nothing of the prompt would stay", hint)
 
     def policy(self, model: ModelFacts | None) -> Policy | Pattern | None:
         forms = [key for key in ("policy", "heads") if key in self.entries]

@@ -19,7 +19,8 @@ from kvtune.policies.policy_file.parts import (
 
 HEADER = """\
 # A KV-cache policy for kvtune: which prompt tokens each KV head keeps, and how they are stored.
-# Edit it freely: kvtune simulate checks it, and names the line of every mistake.
+# Edit it freely: kvtune simulate checks it, and names the line of every mistake. What it loses is
+# not known then; kvtune validate measures it. The same search keeps it as policy.edited.yaml.
 #   options    method (which tokens), budget (how many: 256, 12.5% of the prompt, 12.5% but at least
 #              224 tokens, or all), and the format of keys and values; a name alone, or
 #              {name: ..., parameter: ...}.

@@ -68,7 +68,7 @@ class ValidateScreen(ModalScreen[None]):
         try:
             answer = await self._answer()
         except KvtuneError as error:
-            self._end(f"{error}.")
+            self._end(f"{error}." + (f"\n{error.hint}" if error.hint else ""))
         else:
             self._end(words_of(self.selected, answer))
 
@@ -83,7 +83,7 @@ class ValidateScreen(ModalScreen[None]):
         )
         out, talk = await asyncio.gather(self._stdout(), self._follow())
         if await self.process.wait() != 0:
-            raise KvtuneError(_last_error(talk))
+            raise _failure(talk)
         try:
             return keep_answer(study.folder, study.facts.study, plan.trial, out)
         except KvtuneError as error:
@@ -144,7 +144,11 @@ def words_of(selected: Selected, found: Measured) -> str:
     return "\n".join(lines)
 
 
-def _last_error(talk: Sequence[str]) -> str:
-    """The line that says what went wrong, and its hint."""
-    told = [line for line in talk if line.startswith(("error:", "hint:"))]
-    return " ".join(told) if told else (talk[-1] if talk else "the validation ended without a word")
+def _failure(talk: Sequence[str]) -> KvtuneError:
+    """What went wrong, and its hint, as the command has said them."""
+
+    def after(word: str) -> str:
+        return " ".join(line.removeprefix(word) for line in talk if line.startswith(word))
+
+    last = talk[-1] if talk else "the validation ended without a word"
+    return KvtuneError(after("error: ").rstrip(".") or last, hint=after("hint: ") or None)
