@@ -22,13 +22,11 @@ def card_of(study: Study) -> Card:
     """The card of a finished study's plan.
 
     Raises:
-        KvtuneError: the search has not finished.
+        KvtuneError: the search has not finished, or its plan was edited since.
     """
     from kvtune.simulator.memory.at_once import prompts_at_once
-    from kvtune.tuner.edited import is_edited
     from kvtune.tuner.explore.view import View
     from kvtune.tuner.explore.what_if import Setting, figures_of
-    from kvtune.tuner.result import PLAN_FILE
     from kvtune.tuner.rounding import said_of_rounding
     from kvtune.tuner.verdict import verdict_of
 
@@ -39,13 +37,7 @@ def card_of(study: Study) -> Card:
             where=str(study.folder),
             hint="run the same search again to go on, then ask for its card.",
         )
-    if is_edited(study.folder / PLAN_FILE):
-        raise KvtuneError(
-            "edited since it was searched: its loss is not known, and a card tells it",
-            where=str(study.folder / PLAN_FILE),
-            hint=f"kvtune validate {study.folder} measures it; the same search writes the plan "
-            "anew, and keeps the edited file beside it.",
-        )
+    _refuse_edited(study)
     setting = Setting.asked(facts)
     view = View(study, figures_of(study, setting), setting)
     ran = [outcome.plan, *outcome.baselines[1:]]
@@ -88,6 +80,20 @@ def card_of(study: Study) -> Card:
         other_lengths=outcome.other_lengths,
         rounding=said_of_rounding(outcome.provenance, ran) or "",
     )
+
+
+def _refuse_edited(study: Study) -> None:
+    """A card tells a loss, which nobody knows of a plan that was edited."""
+    from kvtune.tuner.edited import is_edited
+    from kvtune.tuner.result import PLAN_FILE
+
+    if is_edited(study.folder / PLAN_FILE):
+        raise KvtuneError(
+            "edited since it was searched: its loss is not known, and a card tells it",
+            where=str(study.folder / PLAN_FILE),
+            hint=f"kvtune validate {study.folder} measures it; the same search writes the plan "
+            "anew, and keeps the edited file beside it.",
+        )
 
 
 def _others(outcome: StoredResult) -> Iterator[Other]:
