@@ -12,6 +12,7 @@ from kvtune.tuner.explore.dimensions import in_words
 from kvtune.tuner.explore.study import Study
 
 if TYPE_CHECKING:
+    from kvtune.common.estimate import Estimate
     from kvtune.tuner.explore.view import View
     from kvtune.tuner.stored_result import StoredResult
 
@@ -24,7 +25,6 @@ def card_of(study: Study) -> Card:
     Raises:
         KvtuneError: the search has not finished, or its plan was edited since.
     """
-    from kvtune.simulator.memory.at_once import prompts_at_once
     from kvtune.tuner.explore.view import View
     from kvtune.tuner.explore.what_if import Setting, figures_of
     from kvtune.tuner.rounding import said_of_rounding
@@ -62,10 +62,7 @@ def card_of(study: Study) -> Card:
         full_cache_retrieval=outcome.full_cache_accuracy,
         context_tokens=verdict.context_tokens,
         sequences=verdict.sequences,
-        at_once=prompts_at_once(
-            verdict.sequences,
-            figures.budget(row).most_of(outcome.sequence_bytes, int(figures.waiting[row])),
-        ),
+        at_once=_at_once(view, row, outcome, verdict.sequences),
         full_cache_sequences=verdict.full_cache_sequences,
         prompt_bytes=int(figures.prompt_bytes[row]),
         share=float(figures.share[row]),
@@ -79,6 +76,16 @@ def card_of(study: Study) -> Card:
         layout=facts.layout,
         other_lengths=outcome.other_lengths,
         rounding=said_of_rounding(outcome.provenance, ran) or "",
+    )
+
+
+def _at_once(view: View, row: int, outcome: StoredResult, sequences: int) -> Estimate:
+    """How many prompts fit at once, with the interval that memory leaves."""
+    from kvtune.simulator.memory.at_once import prompts_at_once
+
+    waiting = int(view.figures.waiting[row])
+    return prompts_at_once(
+        sequences, view.figures.budget(row).most_of(outcome.sequence_bytes, waiting)
     )
 
 
