@@ -78,7 +78,7 @@ def search_on_cpu_said() -> str:
     verdict = "reached" if few <= SEARCH_S else "missed"
     return (
         "**The first command takes minutes on a CPU**: without `--context 2k` it took two cores of "
-        f"a newer processor,\nbeside light other work, {few:.0f} s with the methods that a CPU "
+        f"a newer processor,\nwith nothing else to do, {few:.0f} s with the methods that a CPU "
         f"tries by itself ({SEARCH_S:.0f} s asked: {verdict}) and {three:.0f} s with\n"
         f"`--menu three`, which took an older one {older['seconds']:.0f} s "
         "([benchmarks](benchmarks.md#where-a-search-spends-its-time-on-an-h200))."

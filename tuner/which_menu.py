@@ -25,16 +25,16 @@ ADDED_S, ADDED_SHARE = 60.0, 0.5
 
 _MOST_CORES = 4  # how much more of them shorten a search was not measured
 _REPLAYS = 9 * 30  # samples and layers of the small workload on SmolLM2
-_REPLAY_S = {"three": 37.9 / _REPLAYS, "few": 106.6 / _REPLAYS, "all": 4.4}
+_REPLAY_S = {"three": 28.9 / _REPLAYS, "few": 58.9 / _REPLAYS, "all": 4.4}
 """Processor seconds of a layer of a sample: "replaying options" of
 ``search-stages-merged-three-cpu.json`` and ``-few-cpu.json``, one machine; ``menu-times-cpu.json``
 for all methods, which ran beside more work."""
-_PASSES_S = 115.8 / (134.5e6 * 9 * 1024)
+_PASSES_S = 112.8 / (134.5e6 * 9 * 1024)
 """A parameter and token, all runs of the model together: processor seconds beside replaying options
 in ``search-stages-merged-three-cpu.json``."""
-_SIGNALS_S = {"three": 1.0, "few": 1.0, "all": (115.8 + 9 * 10.2) / 115.8}
-"""Times the passes: a sample takes 10.2 s more to record what all methods read
-(``menu-times-cpu.json``)."""
+_SIGNALS_S = {"three": 1.0, "few": 132.5 / 112.8, "all": (112.8 + 9 * 10.2) / 112.8}
+"""Times the passes: live runs of fitted values take longer (``search-stages-merged-few-cpu.json``),
+and a sample 10.2 s more to record what all methods read (``menu-times-cpu.json``)."""
 _TRYING_S = 79.0  # all methods on a few layers: screening-cpu.json
 _REPLAYED = 9 * 128 * 896  # query heads, observed and prompt tokens of what was measured
 _TRIED_LAYERS = 30
