@@ -49,7 +49,7 @@ NO_NUMBER = 0xFF
 
 
 def cases() -> dict[str, Case]:
-    """By name."""
+    """The caches that are tried, by the name of what they hold."""
     forms = (Kivi(backbone="int4"), Kitty(), KvQuant(), Gear())
     packed = tuple(Option(Full(), ALL, form, form) for form in forms)
     chosen = Option(Quest(block=PAGE), Budget(tokens=PAGE))

@@ -70,7 +70,7 @@ class Ratio:
 
     @property
     def kept(self) -> float:
-        """The bytes that the plan holds where it was found, as so many uncompressed tokens."""
+        """How many uncompressed tokens take the bytes that the plan holds where it was found."""
         return self.share * self.home
 
     @property

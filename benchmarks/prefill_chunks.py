@@ -43,7 +43,7 @@ class NoBench:
         """Nothing to forget."""
 
     def peak_bytes(self) -> int:
-        """Unknown."""
+        """Zero: a CPU keeps no peak of its memory."""
         return 0
 
     def seconds(self, call: Any) -> float:
@@ -74,13 +74,13 @@ def read(model: Any, prompts: torch.Tensor, chunk: int, apart: bool, bench: Any)
 
 
 def single(row: int) -> range:
-    """One sequence."""
+    """The sequence of this row alone, as a batch to read."""
     return range(row, row + 1)
 
 
 @torch.no_grad()
 def products(model: Any, tokens: int, rows: int, bench: Any) -> float:
-    """Seconds of the feed-forward part's products of all layers, so many tokens at once."""
+    """Seconds of all layers' feed-forward matrix products on ``tokens``, ``rows`` at a time."""
     mlp = model.model.layers[0].mlp
     device, dtype = model.device, model.dtype
     wide = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])

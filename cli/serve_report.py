@@ -84,7 +84,7 @@ def _each(serving: Server) -> str:
 
 
 def _tiers(found: list[Served]) -> list[tuple[str, ...]]:
-    """How the times of each part of a step were come by; figures are no surer than the worst."""
+    """The tier of the times of each part of a step; figures are no surer than the worst tier."""
     parts = dict.fromkeys(part for each in found for part in each.tiers)
     return [(f"times of {part}", *(each.tiers.get(part, "-") for each in found)) for part in parts]
 

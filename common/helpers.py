@@ -217,7 +217,7 @@ def serve(given: IO[bytes], answers: IO[bytes]) -> None:
             return
         try:
             found = True, fn(*args, **kwargs)
-        except Exception as error:  # for whoever asked
+        except Exception as error:  # raised in the process that asked
             found = False, error
         answers.write(_pickled(found))
         answers.flush()

@@ -303,3 +303,19 @@ def packaged(make_tables: Callable[..., Any], monkeypatch: Any, tmp_path: Any) -
     }
     monkeypatch.setattr(source_models, "packaged_tables", lambda: (tables, about))
     return tables
+
+
+@pytest.fixture(scope="session")
+def saved_model(
+    make_network: Callable[..., Any],
+    tiny_fields: dict[str, Any],
+    tokenizer: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A tiny model as users have theirs: a folder with weights and a tokenizer."""
+    from transformers import LlamaConfig
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    make_network(LlamaConfig(**tiny_fields)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -47,22 +47,6 @@ class Refuses(Executor):
         raise HelperLostError("a helper process has ended")
 
 
-@pytest.fixture(scope="module")
-def saved_model(
-    make_network: Callable[..., Any],
-    tiny_fields: dict[str, Any],
-    tokenizer: Any,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    """A folder with a tiny model's weights and tokenizer."""
-    from transformers import LlamaConfig
-
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    make_network(LlamaConfig(**tiny_fields)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def asked(
     saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

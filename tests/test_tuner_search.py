@@ -202,22 +202,6 @@ def test_shapes_that_cannot_be_planned_are_refused_before_anything_is_written(
 
 
 @pytest.fixture(scope="module")
-def saved_model(
-    make_network: Callable[..., Any],
-    tiny_fields: dict[str, Any],
-    tokenizer: Any,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    """A tiny model as users have theirs: a folder with weights and a tokenizer."""
-    from transformers import LlamaConfig
-
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    make_network(LlamaConfig(**tiny_fields)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the tiny model's searches keep traces and tables for each other."""
     return tmp_path_factory.mktemp("cache")

@@ -112,7 +112,7 @@ def carried_to(kl: Estimate, measured: int, tokens: int, kept: float) -> LossAt 
         kl: the loss, nats/token.
         measured: prompt tokens of what it was measured on.
         tokens: of the prompts that it is foretold for.
-        kept: bytes that the plan holds of a prompt of ``measured``, as so many uncompressed tokens.
+        kept: uncompressed tokens that take the bytes that the plan holds of ``measured`` tokens.
 
     Returns:
         The loss there; None where no plan was run from such a length at such a length.
