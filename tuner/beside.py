@@ -183,6 +183,31 @@ def _own_name(device: str) -> str:
     return f"{device}:{torch.cuda.current_device()}" if device == "cuda" else device
 
 
+def _left_by_helpers(
+    source: QualitySource,
+    part: Callable[..., None],
+    samples: Sequence[str],
+    what: tuple[Any, ...],
+    label: str,
+    progress: Progress,
+) -> Progress:
+    """Have helpers, if there are any, leave what they find of each sample in what is kept.
+
+    Returns:
+        What is told of this process's own run: nothing where it only reads what helpers left.
+    """
+    if source.beside is None or source.kept.folder is None:
+        return progress
+
+    def share(executor: Executor) -> bool:
+        parts = [executor.submit(part, sample, *what) for sample in samples]
+        for each in progress.track(parts, label, len(parts)):
+            each.result()
+        return True
+
+    return Silent() if source.beside.tried(share, progress) else progress
+
+
 def replayed(
     source: QualitySource,
     samples: Sequence[SampleRecord],
@@ -194,21 +219,13 @@ def replayed(
     """What ``replay_policies`` finds on a source's own trace, by helpers where there are any."""
     from kvtune.simulator.quality.evaluate import replay_policies
 
-    trace, loaded, beside = source.trace, source.loaded, source.beside
+    trace, loaded = source.trace, source.loaded
     if trace is None or loaded is None:
         raise ValueError("a stand-in has no trace to replay")
-    given = loaded.device, source.kept
-    if beside is not None and source.kept.folder is not None:
-
-        def share(executor: Executor) -> bool:
-            what = trace.root, trace.checked, policies, every, *given
-            parts = [executor.submit(replay_part, sample.id, *what) for sample in samples]
-            for part in progress.track(parts, "replaying policies", len(parts)):
-                part.result()
-            return True
-
-        if beside.tried(share, progress):
-            progress = Silent()
+    what = trace.root, trace.checked, policies, every, loaded.device, source.kept
+    progress = _left_by_helpers(
+        source, replay_part, [sample.id for sample in samples], what, "replaying policies", progress
+    )
     return replay_policies(
         trace, samples, policies, every=every, device=loaded.device, progress=progress,
         kept=source.kept,
@@ -242,36 +259,28 @@ def ran_live(
     progress: Progress,
     **known: Any,
 ) -> list[Validation]:
-    """What ``validate_policies`` finds of prompts from a source's own trace, likewise.
+    """What ``validate_policies`` finds on a source's own trace, by helpers where there are any.
 
     Args:
         source: of the model itself.
         policies: for its shape.
         samples: of its trace.
         stored_alike: of ``validate_policies``.
-        rounding: likewise.
+        rounding: of ``validate_policies``.
         progress: told of every sample.
         known: further arguments of ``validate_policies``, which change no result.
     """
     from kvtune.runtime.prompts import traced_prompt
     from kvtune.tuner.validate import validate_policies
 
-    trace, loaded, beside = source.trace, source.loaded, source.beside
+    trace, loaded = source.trace, source.loaded
     if trace is None or loaded is None:
         raise ValueError("a stand-in has no model to run")
-    if beside is not None and source.kept.folder is not None:
-
-        def share(executor: Executor) -> bool:
-            model = loaded.name, loaded.device, loaded.dtype
-            given = trace.root, trace.checked, policies, stored_alike, rounding, source.kept
-            what = *model, *given
-            parts = [executor.submit(live_part, sample.id, *what) for sample in samples]
-            for part in progress.track(parts, "running live", len(parts)):
-                part.result()
-            return True
-
-        if beside.tried(share, progress):
-            progress = Silent()
+    model = loaded.name, loaded.device, loaded.dtype
+    what = *model, trace.root, trace.checked, policies, stored_alike, rounding, source.kept
+    progress = _left_by_helpers(
+        source, live_part, [sample.id for sample in samples], what, "running live", progress
+    )
     return validate_policies(
         policies,
         loaded,
